@@ -1,0 +1,39 @@
+# Every target makes its own .venv, anew whenever pyproject.toml or constraints.txt is newer than it.
+PYTHON ?= python3
+BIN := .venv/bin
+# torch goes in first, by its exact pin: asked for by another package it may bring gigabytes of CUDA libraries.
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: help demo test test-all check ui clean
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11, 3.12 or 3.13 is needed, this is " + sys.version.split()[0] + ": name one, as in make PYTHON=python3.12 test")'
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cluster,dev]'
+	touch $@
+
+demo: .venv/ready ## the embedded default in pictures: shapes.png
+	$(BIN)/python -m pipelines.show_shapes
+
+test: .venv/ready ## fast tests and the end-to-end ones, at most 20 minutes
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: .venv/ready ## everything, at most 60 minutes
+	$(BIN)/python -m pytest
+
+check: .venv/ready ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+ui: .venv/ready ## the MLflow UI on this machine's runs
+	$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$$HOME/.flowbp_ray/mlflow.db}"
+
+clean: ## remove .venv and everything built; keeps the committed models
+	rm -rf .venv .build shapes.png .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

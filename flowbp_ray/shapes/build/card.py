@@ -1,0 +1,112 @@
+"""The model card beside the committed parts, written from the measured figures and nothing else."""
+
+import json
+from pathlib import Path
+
+from flowbp_ray.shapes.build import autoencoder, base, preference_model
+from flowbp_ray.shapes.build.measure import CHECKED, FINAL, GUIDANCE, PAIRS, STEPS, SWEEP
+from flowbp_ray.shapes.captions import TASKS
+from flowbp_ray.shapes.preferences import KINDS
+
+
+def percent(score: dict[str, float]) -> str:
+    """A share with its standard error."""
+    return f"{100 * score['value']:.1f} ± {100 * score['error']:.1f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def card(figures: dict) -> str:
+    """The card's text."""
+    best, tasks, early = figures["best_guidance"], figures["six_tasks"], figures["six_tasks_at_80_percent"]
+    gained = 100 * (tasks["mean"]["value"] - early["mean"]["value"])
+    schedules = {
+        "autoencoder": autoencoder.SCHEDULE,
+        "base": base.SCHEDULE,
+        "reward": preference_model.SCHEDULE,
+        "judge": preference_model.SCHEDULE,
+    }
+    training = [
+        [
+            name,
+            str(int(figures[f"training_{name}"]["steps"])),
+            str(s.batch),
+            f"{s.learning_rate:g}",
+            str(s.average),
+            f"{figures[f'training_{name}']['minutes']:.0f}",
+        ]
+        for name, s in schedules.items()
+    ]
+    checker = figures["checker"]
+    sweep = [
+        [
+            f"{g:g}",
+            *(f"{100 * figures[f'guidance_{g}'][t]['value']:.0f}" for t in TASKS),
+            percent(figures[f"guidance_{g}"]["mean"]),
+        ]
+        for g in GUIDANCE
+    ]
+    comparisons = [
+        [k, *(f"{100 * figures[f'comparisons_{m}'][k]:.1f}" for m in ("reward", "judge"))] for k in (*KINDS, "overall")
+    ]
+    return f"""# The embedded default's models
+
+Trained from nothing on drawings of the shapes world by `python -m pipelines.build_shapes` (seed 0), which also
+measured every figure here and wrote this card; `measured.json` holds the raw figures. Apache-2.0, as the code.
+No outside data, pictures or weights went in.
+
+| folder | what | parameters |
+| --- | --- | ---: |
+| `base/` | Stable Diffusion 3 pipeline, 64×64 pixels: plain `StableDiffusion3Pipeline.from_pretrained(path, torch_dtype=torch.float32)` loads it | {sum(v for k, v in figures["parameters"].items() if k.startswith("base")):,} |
+| `reward/` | `CLIPModel`, the reward that alignment optimises | {figures["parameters"]["reward"]:,} |
+| `judge/` | `CLIPModel` of another width, seed and data, never optimised against | {figures["parameters"]["judge"]:,} |
+
+All weights are float16 on disk; load them in float32 on a CPU. Text lengths are 16 (CLIP) and 8 (T5) tokens, so call
+the pipeline with `max_sequence_length=8`. It samples on `sigmas=numpy.linspace(1, 1/{STEPS}, {STEPS})` with {STEPS} steps;
+its own best guidance is **{best:g}**.
+
+## Data
+
+Drawings of random training captions of the six tasks, evenly. As on the web, {100 * base.WRONG_CAPTIONS:.0f} % of the base's training captions
+are wrong in one attribute and {100 * base.NO_CAPTIONS:.0f} % are missing, so the base is imperfect for a reason that more of the same training
+would not mend. Evaluation captions are in no training set (`tests/shapes/test_captions.py`).
+
+## Training
+
+{table(["part", "steps", "batch", "learning rate", "weights averaged", "minutes, one CPU core"], training)}
+
+AdamW throughout. The base and its text encoders are trained together on {base.BANK:,} drawings encoded once; the other parts see a
+fresh drawing every time. A batch of the preference models is comparisons, that is, two pictures each.
+
+## The checker
+
+{table([f"{CHECKED:,} pictures", "judged right, %"], [[k.replace("_", " "), f"{100 * v:.2f}"] for k, v in checker.items()])}
+
+A wrong caption differs from the true one in exactly one attribute; noise has a spread of 0.05; JPEG has quality 75.
+
+## The base
+
+The guidance sweep, {SWEEP} pictures a task, % right by the checker:
+
+{table(["guidance", *TASKS, "mean"], sweep)}
+
+At guidance {best:g}, {FINAL} pictures a task, evaluation captions, {STEPS} steps:
+
+{table(["", *TASKS, "mean"], [["finished", *(percent(tasks[t]) for t in (*TASKS, "mean"))], ["after four fifths", *(percent(early[t]) for t in (*TASKS, "mean"))]])}
+
+The last fifth of the training gained {gained:+.1f} points of the mean.
+
+## Reward and judge
+
+Comparisons of held-out captions decided rightly, %, {PAIRS} of each kind and {2 * PAIRS} overall (kinds as they come in training):
+
+{table(["worse by", "reward", "judge"], comparisons)}
+"""
+
+
+def write(measured: Path, target: Path) -> None:
+    """Write the card for the figures in ``measured`` to ``target``."""
+    target.write_text(card(json.loads(measured.read_text())))

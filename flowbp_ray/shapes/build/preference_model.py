@@ -1,0 +1,111 @@
+"""Stage 3: the reward model and the held-out judge, transformers' own CLIPModel.
+
+Trained the way PickScore was: a contrastive start, which here fades out over the first half of the same
+run, and then comparisons, where the better of two pictures of a caption must score higher.
+The judge has another width and seed, and sees other pictures; nothing is ever optimised against it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+
+from flowbp_ray.rewards.clip import pixel_values, similarity
+from flowbp_ray.shapes.build.loop import Schedule, train
+from flowbp_ray.shapes.build.text import CLIP_LENGTH, clip_tokenizer
+from flowbp_ray.shapes.preferences import random_pair
+from flowbp_ray.shapes.world import SIZE as PICTURE
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width, depth and attention heads of both towers."""
+
+    width: int
+    layers: int
+    heads: int
+
+
+REWARD, JUDGE = Size(96, 3, 3), Size(128, 3, 4)
+SCHEDULE = Schedule(steps=9000, batch=24, learning_rate=1e-3, decay=0.6)
+
+
+class Comparisons(Dataset):
+    """Fresh comparisons of one side of the split, a batch for every step number."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, seed: int, batch: int, steps: int, split: str = "training") -> None:
+        self.tokenizer, self.seed, self.batch, self.steps, self.split = tokenizer, seed, batch, steps, split
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng([self.seed, step])
+        pairs = [random_pair(self.split, rng) for _ in range(self.batch)]
+        texts = [p.caption for p in pairs] + [p.worse_caption or p.caption for p in pairs]
+        pictures = np.stack([p.better for p in pairs] + [p.worse for p in pairs]).astype(np.float32) / 255
+        # Light noise on both: what is compared is the content, and decoded pictures are never this clean.
+        pictures += rng.uniform(0, 0.03, (len(pictures), 1, 1, 1)) * rng.standard_normal(pictures.shape)
+        return {
+            "input_ids": self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids,
+            "pictures": torch.from_numpy(pictures).permute(0, 3, 1, 2).float(),
+            "changed": torch.tensor([p.worse_caption is not None for p in pairs]),
+            "contrast": torch.tensor(max(0.0, 1 - 2 * step / self.steps)),
+        }
+
+
+def new_clip(size: Size, tokenizer: CLIPTokenizer) -> CLIPModel:
+    """An untrained CLIP for 64-pixel pictures in patches of 8, and captions of 16 tokens."""
+    shared = {
+        "hidden_size": size.width,
+        "intermediate_size": 3 * size.width,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "projection_dim": size.width,
+    }
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=CLIP_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **shared,
+    )
+    vision = CLIPVisionConfig(image_size=PICTURE, patch_size=8, **shared)
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=size.width))
+
+
+def loss(model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    """Comparison loss in both directions (which picture for this caption, which caption for this picture),
+    plus the fading contrastive one."""
+    logits = similarity(model, pixel_values(batch["pictures"], PICTURE), batch["input_ids"])
+    n = len(logits) // 2
+    a, b = torch.arange(n, device=logits.device), torch.arange(n, 2 * n, device=logits.device)
+    changed = batch["changed"]
+    better = logits[a, a] - logits[a, b]
+    # Where an attribute was changed, the other caption turns the comparison round.
+    others = logits[b, b] - logits[b, a], logits[a, a] - logits[b, a], logits[b, b] - logits[a, b]
+    margins = torch.cat([better, *(m[changed] for m in others)])
+    value = F.softplus(-margins).mean()
+    contrast = batch["contrast"]
+    if contrast > 0:
+        own = torch.cat([a, b[changed]])
+        square = logits[own][:, own]
+        target = torch.arange(len(own), device=logits.device)
+        value = value + contrast * (F.cross_entropy(square, target) + F.cross_entropy(square.T, target)) / 2
+    return value, {"right": (better > 0).float().mean().item(), "scale": model.logit_scale.exp().item()}
+
+
+def build(work: Path, target: Path, size: Size, *, seed: int, device: str, workers: int) -> None:
+    """Train one preference model and save it in float16 with its tokenizer and processor to ``target``."""
+    torch.manual_seed(seed)
+    tokenizer = clip_tokenizer()
+    data = Comparisons(tokenizer, seed, SCHEDULE.batch, SCHEDULE.steps)
+    averaged = train(new_clip(size, tokenizer), data, loss, SCHEDULE, work, seed=seed, device=device, workers=workers)
+    assert isinstance(averaged, CLIPModel)
+    averaged.to("cpu").half().save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    edge = {"height": PICTURE, "width": PICTURE}
+    CLIPImageProcessorPil(size={"shortest_edge": PICTURE}, crop_size=edge).save_pretrained(target)

@@ -1,0 +1,87 @@
+"""Preference pairs: a caption, a picture that it is true of, and a worse one.
+
+Worse means that one stated attribute is wrong, or that the right scene is spoilt. The wrong scene is
+laid out with the same draws as the right one, so the attribute is what differs, not the arrangement.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from flowbp_ray.shapes.captions import TASKS, is_evaluation, specs, wordings, wrong_in_one
+from flowbp_ray.shapes.world import SIZE, Scene, Spec, coverage, draw, lay_out, paint
+
+ATTRIBUTES = ("colour", "count", "place", "shape", "binding")
+SPOILS = ("blur", "noise", "off_shape")
+KINDS = ATTRIBUTES + SPOILS
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One comparison; pictures are uint8 ``(64, 64, 3)``, ``kind`` says how the worse one is worse.
+
+    ``worse_caption`` is true of the worse picture where an attribute was changed; a spoilt picture has none.
+    """
+
+    caption: str
+    better: np.ndarray
+    worse: np.ndarray
+    kind: str
+    worse_caption: str | None
+
+
+def spoil(scene: Scene, kind: str, rng: np.random.Generator) -> np.ndarray:
+    """The scene, blurred, under noise, or with one thing's outline bent out of shape: uint8 ``(64, 64, 3)``."""
+    picture = draw(scene).astype(np.float32)
+    match kind:
+        case "blur":
+            picture = ndimage.gaussian_filter(picture, (*[rng.uniform(1.5, 3.0)] * 2, 0))
+        case "noise":
+            rough = rng.normal(0, rng.uniform(15, 45), (SIZE, SIZE, 3))
+            smooth = ndimage.gaussian_filter(rough, (*[rng.choice([0.0, 0.7, 1.5])] * 2, 0))
+            picture += smooth * (rough.std() / smooth.std())
+        case "off_shape":
+            bent = int(rng.integers(len(scene)))
+            masks = [coverage(t.shape, t.x, t.y, t.radius, t.radius) for t in scene]
+            masks[bent] = bend(masks[bent], scene[bent].radius, rng)
+            return paint(masks, [t.colour for t in scene])
+        case _:
+            raise ValueError(f"unknown spoil {kind!r}: there are {', '.join(SPOILS)}")
+    return np.clip(np.round(picture), 0, 255).astype(np.uint8)
+
+
+def bend(mask: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:
+    """Move a mask's outline about by a smooth random field of a tenth to four tenths of its radius."""
+    shift = ndimage.gaussian_filter(rng.normal(size=(2, SIZE, SIZE)), (0, radius / 3, radius / 3))
+    shift *= radius * rng.uniform(0.12, 0.4) / shift.std()
+    rows, columns = np.mgrid[:SIZE, :SIZE]
+    return np.clip(ndimage.map_coordinates(mask, [rows + shift[0], columns + shift[1]], order=1), 0, 1)
+
+
+def random_caption(split: str, rng: np.random.Generator, task: str | None = None) -> tuple[str, Spec]:
+    """A caption of one side of the split and its spec: tasks, specs and wordings evenly."""
+    task = task or str(rng.choice(TASKS))
+    choices = specs(task)
+    while True:
+        spec = choices[rng.integers(len(choices))]
+        texts = [t for t in wordings(spec) if is_evaluation(spec, t) == (split == "evaluation")]
+        if texts:
+            return texts[rng.integers(len(texts))], spec
+
+
+def random_pair(split: str, rng: np.random.Generator, kind: str | None = None) -> Pair:
+    """A comparison on one side of the split; ``kind`` is one of ``KINDS``, or None for any that fits."""
+    while True:
+        caption, spec = random_caption(split, rng)
+        scene_seed = int(rng.integers(2**63))
+        scene = lay_out(spec, np.random.default_rng(scene_seed))
+        if kind in SPOILS or (kind is None and rng.random() < 0.3):
+            spoilt = kind or str(rng.choice(SPOILS))
+            return Pair(caption, draw(scene), spoil(scene, spoilt, rng), spoilt, None)
+        try:
+            wrong, changed = wrong_in_one(spec, rng, None if kind is None else (kind,))
+        except ValueError:  # this caption states nothing that could be wrong in that way
+            continue
+        worse = draw(lay_out(wrong, np.random.default_rng(scene_seed)))
+        return Pair(caption, draw(scene), worse, changed, str(rng.choice(list(wordings(wrong)))))

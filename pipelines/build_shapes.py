@@ -1,0 +1,86 @@
+"""Train the embedded default's models from nothing and measure them: hours on two cores, minutes on a GPU.
+
+Stages run in the order below and each resumes where it stopped; a finished one is skipped. `reward` and
+`judge` need nothing from the others, so two shells can share two cores:
+
+    python -m pipelines.build_shapes autoencoder base
+    python -m pipelines.build_shapes reward judge
+    python -m pipelines.build_shapes            # then: what is missing, the figures and the card
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+STAGES = ("autoencoder", "base", "reward", "judge", "measure")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.build_shapes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stages", nargs="*", metavar="stage", help=f"of {', '.join(STAGES)}; all if none is named")
+    parser.add_argument(
+        "--target", type=Path, default=Path("flowbp_ray/shapes/models"), help="where the models go (default: %(default)s)"
+    )
+    parser.add_argument("--work", type=Path, default=Path(".build/shapes"), help="checkpoints and logs (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of this process; one process a core is fastest (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="drawing processes, for a GPU to be kept busy (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    if unknown := [s for s in args.stages if s not in STAGES]:
+        parser.error(f"unknown stage {unknown[0]!r}: the stages are {', '.join(STAGES)}")
+    return args
+
+
+def main() -> None:
+    """Run the stages that are asked for and not finished."""
+    args = arguments()
+    os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
+    import torch
+
+    from flowbp_ray.shapes.build import autoencoder, base, card, measure, preference_model
+
+    torch.set_num_threads(args.threads)
+    work, target = args.work, args.target
+    common = {"device": args.device, "workers": args.workers}
+    vae, measured = work / "autoencoder" / "vae", target / "measured.json"
+    preferences = partial(preference_model.build, **common)
+    builds: dict[str, Callable[[], None]] = {
+        "autoencoder": partial(autoencoder.build, work / "autoencoder", vae, seed=args.seed, **common),
+        "base": partial(base.build, work / "base", vae, target / "base", seed=args.seed + 3, **common),
+        "reward": partial(preferences, work / "reward", target / "reward", preference_model.REWARD, seed=args.seed + 1),
+        "judge": partial(preferences, work / "judge", target / "judge", preference_model.JUDGE, seed=args.seed + 2),
+        "measure": partial(measure.measure, work, target, measured, args.device),
+    }
+    needs = {"base": ["autoencoder"], "measure": ["autoencoder", "base", "reward", "judge"]}
+    for stage in args.stages or STAGES:
+        done = work / stage / "done"
+        if done.exists():
+            print(f"{stage}: finished earlier; remove {done} to run it again")
+            continue
+        if missing := [n for n in needs.get(stage, []) if not (work / n / "done").exists()]:
+            sys.exit(f"{stage} needs the finished stage {missing[0]}: run python -m pipelines.build_shapes {missing[0]}")
+        builds[stage]()
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.touch()
+        print(f"{stage}: done")
+        if stage == "measure":
+            card.write(measured, target / "README.md")
+            print(f"model card: {target / 'README.md'}; look at it all with python -m pipelines.show_shapes")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command goes on from the last checkpoint")
