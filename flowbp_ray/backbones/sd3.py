@@ -35,7 +35,7 @@ class SD3Backbone:
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Self:
         """Load a pipeline folder or hub id, without gradients anywhere."""
-        pipeline = StableDiffusion3Pipeline.from_pretrained(path, torch_dtype=dtype).to(device)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype).to(device)
         for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
             if (part := getattr(pipeline, name)) is not None:
                 part.requires_grad_(False).eval()

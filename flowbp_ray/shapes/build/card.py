@@ -60,7 +60,7 @@ No outside data, pictures or weights went in.
 
 | folder | what | parameters |
 | --- | --- | ---: |
-| `base/` | Stable Diffusion 3 pipeline, 64×64 pixels: plain `StableDiffusion3Pipeline.from_pretrained(path, torch_dtype=torch.float32)` loads it | {sum(v for k, v in figures["parameters"].items() if k.startswith("base")):,} |
+| `base/` | Stable Diffusion 3 pipeline, 64×64 pixels: plain `StableDiffusion3Pipeline.from_pretrained(path, dtype=torch.float32)` loads it | {sum(v for k, v in figures["parameters"].items() if k.startswith("base")):,} |
 | `reward/` | `CLIPModel`, the reward that alignment optimises | {figures["parameters"]["reward"]:,} |
 | `judge/` | `CLIPModel` of another width, seed and data, never optimised against | {figures["parameters"]["judge"]:,} |
 

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-CHECKPOINT_EVERY = 250
+CHECKPOINT_EVERY, LOG_EVERY = 250, 50  # steps
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def train(
         optimizer.step()
         scheduler.step()
         averaged.update_parameters(model)
-        if (step + 1) % 50 == 0:
+        if (step + 1) % LOG_EVERY == 0:
             row = {"step": step + 1, "loss": value.item(), "seconds": round(time.perf_counter() - began, 1), **figures}
             with (work / "log.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")

@@ -47,7 +47,7 @@ def round_trip(backbone: SD3Backbone, pictures: np.ndarray) -> np.ndarray:
     return to_uint8(backbone.decode((latents - config.shift_factor) * config.scaling_factor))
 
 
-def measure_checker(backbone: SD3Backbone | None, number: int = CHECKED, seed: int = 10) -> dict[str, float]:
+def measure_checker(backbone: SD3Backbone | None, number: int, seed: int = 10) -> dict[str, float]:
     """Shares judged right: drawn pictures, wrong captions, and the same pictures noisy, as JPEG, decoded."""
     rng = np.random.default_rng(seed)
     counts = dict.fromkeys(("drawn", "wrong_caption", "noise", "jpeg", "round_trip"), 0)
@@ -66,7 +66,7 @@ def measure_checker(backbone: SD3Backbone | None, number: int = CHECKED, seed: i
 
 
 @torch.no_grad()
-def measure_preferences(score: Callable[[Tensor, list[str]], Tensor], number: int = PAIRS, seed: int = 11) -> dict[str, float]:
+def measure_preferences(score: Callable[[Tensor, list[str]], Tensor], number: int, seed: int = 11) -> dict[str, float]:
     """Share of held-out comparisons decided rightly: each kind, and ``overall`` as the kinds come in training."""
     shares = {}
     for index, kind in enumerate(tqdm((*KINDS, None), desc="comparisons", unit="kind")):
@@ -128,9 +128,9 @@ def measure(work: Path, models: Path, file: Path, device: str) -> None:
     for name in ("autoencoder", "base", "reward", "judge"):
         part(f"training_{name}", partial(training_figures, work / name))
     part("parameters", partial(count_parameters, models))
-    part("checker", partial(measure_checker, backbone))
+    part("checker", partial(measure_checker, backbone, CHECKED))
     for name in ("reward", "judge"):
-        part(f"comparisons_{name}", partial(measure_preferences, CLIPScore(models / name)))
+        part(f"comparisons_{name}", partial(measure_preferences, CLIPScore(models / name), PAIRS))
     sweep = {g: part(f"guidance_{g}", partial(six, backbone, g, SWEEP))["mean"]["value"] for g in GUIDANCE}
     best = part("best_guidance", lambda: max(sweep, key=sweep.__getitem__))
     part("six_tasks", partial(six, backbone, best, FINAL))

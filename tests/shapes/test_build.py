@@ -1,0 +1,128 @@
+"""Every stage of the build at a toy size: it runs, resumes exactly, and writes what the libraries load."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from transformers import CLIPModel
+
+from flowbp_ray.rewards.clip import CLIPScore
+from flowbp_ray.shapes.build import autoencoder, base, card, loop, measure, preference_model
+from flowbp_ray.shapes.captions import TASKS, is_evaluation, specs, wordings
+from flowbp_ray.shapes.preferences import KINDS
+
+COMMON = {"device": "cpu", "workers": 0}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """All stages, a few steps each: (work folder, models folder)."""
+    work, models = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (autoencoder, base, preference_model):
+            patch.setattr(module, "SCHEDULE", dataclasses.replace(module.SCHEDULE, steps=10, batch=2, warmup=2))
+        patch.setattr(base, "BANK", 100)
+        patch.setattr(loop, "LOG_EVERY", 2)
+        autoencoder.build(work / "autoencoder", work / "autoencoder" / "vae", seed=0, **COMMON)
+        base.build(work / "base", work / "autoencoder" / "vae", models / "base", seed=0, **COMMON)
+        for name, size in (("reward", preference_model.REWARD), ("judge", preference_model.JUDGE)):
+            preference_model.build(work / name, models / name, size, seed=0, **COMMON)
+    return work, models
+
+
+def test_the_libraries_load_what_was_built(built):
+    _, models = built
+    pipeline = StableDiffusion3Pipeline.from_pretrained(models / "base", dtype=torch.float32)
+    assert isinstance(pipeline.vae, AutoencoderKL)
+    assert pipeline.tokenizer.model_max_length == 16
+    assert pipeline.tokenizer_3.model_max_length == 8
+    assert isinstance(CLIPModel.from_pretrained(models / "reward"), CLIPModel)
+
+
+def test_latents_are_scaled_to_mean_zero_and_spread_one(built):
+    vae = AutoencoderKL.from_pretrained(built[0] / "autoencoder" / "vae")
+    pictures = autoencoder.Pictures(5, 64)[0]["pictures"]
+    with torch.no_grad():
+        latents = (vae.encode(pictures).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
+    assert latents.mean().item() == pytest.approx(0, abs=0.1)
+    assert latents.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_the_card_states_every_figure_that_was_measured(built, tmp_path, monkeypatch):
+    work, models = built
+    for name, number in (("SWEEP", 2), ("FINAL", 3), ("CHECKED", 10), ("PAIRS", 4), ("GUIDANCE", (1.0, 3.0)), ("STEPS", 2)):
+        monkeypatch.setattr(measure, name, number)
+        monkeypatch.setattr(card, name, number)
+    file = tmp_path / "measured.json"
+    measure.measure(work, models, file, "cpu")
+    figures = json.loads(file.read_text())
+    assert figures["training_base"]["steps"] == 10
+    assert set(figures["comparisons_judge"]) == {*KINDS, "overall"}
+    assert set(figures["six_tasks"]) == {*TASKS, "mean"}
+    assert figures["parameters"]["reward"] == sum(p.numel() for p in CLIPScore(models / "reward").model.parameters())
+    before = file.read_text()
+    measure.measure(work, models, file, "cpu")  # everything is kept
+    assert file.read_text() == before
+    card.write(file, tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text()
+    for task in TASKS:
+        assert card.percent(figures["six_tasks"][task]) in text
+
+
+def tiny_run(work, steps_then, resumes):
+    """A linear model on random data: run to each step of ``resumes`` in turn, then return the weights."""
+
+    class Numbers(torch.utils.data.Dataset):
+        def __getitem__(self, step):
+            return {"x": torch.from_numpy(np.random.default_rng(step).standard_normal((4, 3))).float()}
+
+    def loss(model, batch, generator):
+        noise = torch.randn(4, 1, generator=generator)
+        return (model(batch["x"]) - noise).square().mean(), {}
+
+    for stop in (*resumes, None):
+        torch.manual_seed(1)
+        schedule = loop.Schedule(steps=steps_then, batch=4, learning_rate=0.1, warmup=2, average=0.9)
+        model = loop.train(torch.nn.Linear(3, 1), Numbers(), loss, schedule, work, seed=0, stop_after=stop, **COMMON)
+    return torch.cat([p.flatten() for p in model.parameters()])
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
+    whole = tiny_run(tmp_path / "whole", 20, [])
+    parts = tiny_run(tmp_path / "parts", 20, [3, 11, 19])
+    assert torch.equal(whole, parts)
+    assert not torch.equal(whole, tiny_run(tmp_path / "shorter", 19, []))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_stage(tmp_path):
+    class Zeros(torch.utils.data.Dataset):
+        def __getitem__(self, step):
+            return {"x": torch.zeros(1, 3)}
+
+    schedule = loop.Schedule(steps=3, batch=1, learning_rate=0.1, warmup=1)
+    with pytest.raises(FloatingPointError, match="the gradient of step 0 is not finite"):
+        loop.train(
+            torch.nn.Linear(3, 1), Zeros(), lambda m, b, g: ((m(b["x"]).sum() / 0), {}), schedule, tmp_path, seed=0, **COMMON
+        )
+
+
+def test_every_caption_fits_the_tokenizers_and_every_word_is_one_token():
+    clip, t5 = base.clip_tokenizer(), base.t5_tokenizer()
+    for task in TASKS:
+        for text in {t for spec in specs(task)[::5] for t in wordings(spec)}:
+            assert len(clip(text).input_ids) == len(text.split()) + 2 <= base.CLIP_LENGTH
+            assert t5.unk_token_id not in t5(text, truncation=True, max_length=base.T5_LENGTH).input_ids
+    assert clip.eos_token_id not in clip("a zebra, 7 häuser!").input_ids[1:-1]  # foreign words are bytes, not the end
+
+
+def test_captions_are_wrong_or_missing_as_often_as_stated():
+    rng = np.random.default_rng(0)
+    spec = next(s for s in specs("attribute_binding") if not is_evaluation(s, ""))
+    texts = [base.caption(spec, rng) for _ in range(2000)]
+    right = set(wordings(spec))
+    missing = sum(t == "" for t in texts)
+    assert missing / 2000 == pytest.approx(base.NO_CAPTIONS, abs=0.03)
+    assert sum(t not in right for t in texts if t) / 2000 == pytest.approx(base.WRONG_CAPTIONS, abs=0.03)
