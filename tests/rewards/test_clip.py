@@ -14,7 +14,7 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("clip")
     tokenizer = clip_tokenizer()
-    new_clip(Size(16, 1, 2), tokenizer).save_pretrained(path)
+    new_clip(Size(16, 1, 2, steps=1), tokenizer).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 

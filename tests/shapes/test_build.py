@@ -29,7 +29,7 @@ def built(tmp_path_factory):
         autoencoder.build(work / "autoencoder", work / "autoencoder" / "vae", seed=0, **COMMON)
         base.build(work / "base", work / "autoencoder" / "vae", models / "base", seed=0, **COMMON)
         for name, size in (("reward", preference_model.REWARD), ("judge", preference_model.JUDGE)):
-            preference_model.build(work / name, models / name, size, seed=0, **COMMON)
+            preference_model.build(work / name, models / name, dataclasses.replace(size, steps=10), seed=0, **COMMON)
     return work, models
 
 

@@ -29,7 +29,7 @@ from flowbp_ray.shapes.captions import is_evaluation, wordings, wrong_in_one
 from flowbp_ray.shapes.preferences import random_caption
 from flowbp_ray.shapes.world import Spec, draw, lay_out
 
-SCHEDULE = Schedule(steps=16_000, batch=32, learning_rate=1.5e-3, decay=0.9, average=0.999)
+SCHEDULE = Schedule(steps=12_000, batch=32, learning_rate=2e-3, decay=0.9, average=0.999)
 BANK = 40_000  # drawings, encoded once
 WRONG_CAPTIONS, NO_CAPTIONS = 0.1, 0.1  # shares; no caption is what guidance steers away from
 HEADS, HEAD_WIDTH, LAYERS = 4, 32, 4
@@ -81,6 +81,25 @@ class Encoders(nn.Module):
             pos_embed_max_size=8,
             qk_norm="rms_norm",
         )
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Start the transformer's blocks as the identity (DiT's adaLN-Zero), and let the words be told apart.
+
+        CLIP's own start has token embeddings a hundred times smaller than what attention adds to them.
+        """
+        for module in self.transformer.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        blocks = self.transformer.transformer_blocks
+        norms = [n for block in blocks for n in (block.norm1, block.norm1_context)] + [self.transformer.norm_out]
+        for linear in (*(n.linear for n in norms), self.transformer.proj_out):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for encoder in (self.text_encoder, self.text_encoder_2):
+            nn.init.normal_(encoder.text_model.embeddings.token_embedding.weight, std=0.5)
 
     def forward(self, latents: Tensor, sigmas: Tensor, clip_ids: Tensor, t5_ids: Tensor) -> Tensor:
         """Velocity at ``latents (B, 4, 16, 16)`` and ``sigmas (B,)``; texts joined as the pipeline joins them."""

@@ -5,11 +5,12 @@ run, and then comparisons, where the better of two pictures of a caption must sc
 The judge has another width and seed, and sees other pictures; nothing is ever optimised against it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -24,15 +25,17 @@ from flowbp_ray.shapes.world import SIZE as PICTURE
 
 @dataclass(frozen=True)
 class Size:
-    """Width, depth and attention heads of both towers."""
+    """Width, depth and attention heads of both towers, and training steps."""
 
     width: int
     layers: int
     heads: int
+    steps: int
 
 
-REWARD, JUDGE = Size(96, 3, 3), Size(128, 3, 4)
-SCHEDULE = Schedule(steps=9000, batch=24, learning_rate=1e-3, decay=0.6)
+PATCH = 8
+REWARD, JUDGE = Size(96, 3, 3, steps=9000), Size(128, 3, 4, steps=6000)
+SCHEDULE = Schedule(steps=REWARD.steps, batch=24, learning_rate=1e-3, decay=0.6)
 
 
 class Comparisons(Dataset):
@@ -73,8 +76,13 @@ def new_clip(size: Size, tokenizer: CLIPTokenizer) -> CLIPModel:
         pad_token_id=tokenizer.pad_token_id,
         **shared,
     )
-    vision = CLIPVisionConfig(image_size=PICTURE, patch_size=8, **shared)
-    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=size.width))
+    vision = CLIPVisionConfig(image_size=PICTURE, patch_size=PATCH, **shared)
+    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=size.width))
+    # CLIP's own start gives a patch's place a twentieth of the weight of its content, and "left of" is never learned.
+    places = get_2d_sincos_pos_embed(size.width, PICTURE // PATCH, output_type="pt")
+    with torch.no_grad():
+        model.vision_model.embeddings.position_embedding.weight[1:] = 0.5 * places
+    return model
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -102,8 +110,9 @@ def build(work: Path, target: Path, size: Size, *, seed: int, device: str, worke
     """Train one preference model and save it in float16 with its tokenizer and processor to ``target``."""
     torch.manual_seed(seed)
     tokenizer = clip_tokenizer()
-    data = Comparisons(tokenizer, seed, SCHEDULE.batch, SCHEDULE.steps)
-    averaged = train(new_clip(size, tokenizer), data, loss, SCHEDULE, work, seed=seed, device=device, workers=workers)
+    schedule = replace(SCHEDULE, steps=size.steps)
+    data = Comparisons(tokenizer, seed, schedule.batch, schedule.steps)
+    averaged = train(new_clip(size, tokenizer), data, loss, schedule, work, seed=seed, device=device, workers=workers)
     assert isinstance(averaged, CLIPModel)
     averaged.to("cpu").half().save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -1,0 +1,1 @@
+"""The update: low-rank adapters, their averaged weights, checksums and export."""
