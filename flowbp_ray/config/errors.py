@@ -1,0 +1,127 @@
+"""Pydantic's findings as sentences that say what is wrong, where, and what to do."""
+
+import reprlib
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+#: What a value has to be, by pydantic's name for its being something else.
+EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text (in quotes if it looks like something else)",
+    "string_too_short": "text that is not empty",
+    "string_pattern_mismatch": "text that matches {pattern}",
+    "is_instance_of": "a path",
+    "tuple_type": "a list",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+    "model_type": "a section of settings",
+    "literal_error": "{expected}",
+    "greater_than": "greater than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "multiple_of": "a multiple of {multiple_of}",
+}
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be run; its text is one or several sentences, one a line."""
+
+
+def sentences(error: ValidationError, root: type[BaseModel]) -> str:
+    """All that is wrong with what should be a ``root``, one a line."""
+    return "\n".join(_sentence(found, root) for found in error.errors(include_url=False))
+
+
+def _sentence(found: ErrorDetails, root: type[BaseModel]) -> str:
+    kind, context = found["type"], found.get("ctx", {})
+    if not found["loc"]:
+        return str(context["error"])  # from a validator of the whole, which names the settings itself
+    parent, models = _locate(found["loc"][:-1], root)
+    name = found["loc"][-1]
+    where = ".".join([*parent, str(name)])
+    if kind == "extra_forbidden":
+        return f"{where} is no setting: {_nearest(parent, str(name), models, root)}"
+    if kind == "missing":
+        return f"{where} is missing{_wanted(where, name, models)}"
+    if kind == "value_error":
+        return f"{where}: {context['error']}"
+    if kind == "union_tag_not_found":
+        return f"{where}.method is missing: it says which settings there are"
+    if kind == "union_tag_invalid":
+        return f"{where}.method must be one of {context['expected_tags']}, not {_given(context['tag'])}"
+    if kind in EXPECTED:
+        return f"{where} must be {EXPECTED[kind].format(**context)}, not {_given(found['input'])}"
+    return f"{where}: {found['msg']}, not {_given(found['input'])}"
+
+
+def _locate(place: Sequence[int | str], root: type[BaseModel]) -> tuple[list[str], list[type[BaseModel]]]:
+    """The place as it is written in an override, and the section that is there (several where a method is to be chosen)."""
+    path: list[str] = []
+    models = [root]
+    for part in place:
+        tagged = [m for m in models if part in get_args(m.model_fields["method"].annotation)] if len(models) > 1 else []
+        if tagged:  # pydantic puts the method's name into the place of a finding
+            models = tagged
+            continue
+        path.append(str(part))
+        if isinstance(part, str):
+            models = [n for m in models if part in m.model_fields for n in _sections(m.model_fields[part].annotation)]
+    return path, models
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models in a type: itself, a list's, or a union's."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    else:
+        for part in get_args(annotation):
+            yield from _sections(part)
+
+
+def _nearest(parent: list[str], name: str, models: list[type[BaseModel]], root: type[BaseModel]) -> str:
+    """What an unknown key may have been meant to be: one beside it, else one in another section."""
+    beside = list(dict.fromkeys(field for m in models for field in m.model_fields))
+    if close := get_close_matches(name, beside, n=1):
+        return f"did you mean {'.'.join([*parent, close[0]])}?"
+    here = ".".join([*parent, name])  # may well be a setting, of another method
+    elsewhere = {path.rpartition(".")[2]: path for path in _paths(root) if path != here}
+    if close := get_close_matches(name, elsewhere, n=1):
+        return f"did you mean {elsewhere[close[0]]}?"
+    return f"{'.'.join(parent) or 'the configuration'} has {', '.join(beside)}"
+
+
+def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if get_origin(field.annotation) is not tuple:
+            for section in _sections(field.annotation):
+                yield from _paths(section, f"{prefix}{name}.")
+
+
+def _wanted(where: str, name: int | str, models: list[type[BaseModel]]) -> str:
+    """What has to be given: the settings of a section that have no default, or what the setting is."""
+    for field in (m.model_fields[name] for m in models if name in m.model_fields and isinstance(name, str)):
+        required = [f"{where}.{n}" for s in _sections(field.annotation) for n, f in s.model_fields.items() if f.is_required()]
+        if required and get_origin(field.annotation) is not tuple:
+            return f": set {', '.join(dict.fromkeys(required))}"
+        if field.description:
+            meaning = " ".join(field.description.rstrip(".").replace("``", "'").split())
+            return f": {meaning[0].lower()}{meaning[1:]}"
+    return ""
+
+
+def _given(value: object) -> str:
+    match value:
+        case None:
+            return "nothing (null)"
+        case bool():
+            return str(value).lower()
+    return reprlib.repr(value)

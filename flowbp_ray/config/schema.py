@@ -1,0 +1,134 @@
+"""What can be configured: every setting with its type, range, unit and default, which stands there and nowhere else.
+
+A setting without a default says what a run is and has to be given.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, PositiveInt, Strict, field_validator, model_validator
+
+from flowbp_ray.config import paths
+from flowbp_ray.config.section import Section, Text
+from flowbp_ray.config.surrogates import AnySurrogate
+from flowbp_ray.config.training import Adapter, Cluster, Evaluation, Tracking, Train
+
+Pixels = Annotated[int, Field(gt=0, multiple_of=8)]  # every backbone's latents are at least 8 times coarser
+
+
+class Model(Section):
+    """The text-to-image flow model to align."""
+
+    path: paths.ModelPath
+    """A folder or Hugging Face id in diffusers' format; ``shapes`` means the embedded default."""
+    revision: Text | None = None
+    """Branch, tag or commit of a Hugging Face id; null takes its main branch."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the model computes in; latents, sigmas and sums are float32 all the same."""
+
+    @property
+    def source(self) -> str:
+        """What ``from_pretrained`` takes."""
+        return str(paths.MODELS.get(self.path, self.path))
+
+
+class Prompts(Section):
+    """What pictures are asked for in training."""
+
+    path: paths.PromptsPath
+    """A text file with one prompt a line, or a .jsonl file with "prompt" in every line; ``shapes`` means the
+    embedded world's training prompts."""
+
+    @property
+    def file(self) -> Path | None:
+        """The file, or None for the embedded world's prompts."""
+        return None if self.path == paths.TRAINING_PROMPTS else Path(self.path)
+
+
+class Sampling(Section):
+    """How pictures are sampled, in training and in evaluation."""
+
+    steps: PositiveInt = 12
+    """Sampler steps T, velocity evaluations per picture."""
+    guidance_scale: NonNegativeFloat = 3.0
+    """Weight of classifier-free guidance; at 1 and below there is none."""
+    height: Pixels = 64
+    """Pixels."""
+    width: Pixels = 64
+    """Pixels."""
+
+
+class RewardComponent(Section):
+    """One reward model and its part in the objective J = Σ weight · min(reward, clip)."""
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    """Its name in metrics: letters, digits, ``_``, ``.`` and ``-``."""
+    path: paths.RewardModelPath
+    """A folder or Hugging Face id; ``shapes/reward`` and ``shapes/judge`` mean the embedded ones."""
+    weight: NonNegativeFloat
+    """Its factor in the objective; 0 is monitored only."""
+    clip: float | None = None
+    """Above this score there is nothing more to gain; null is no bound."""
+
+    @property
+    def source(self) -> str:
+        """What ``from_pretrained`` takes."""
+        return str(paths.REWARD_MODELS.get(self.path, self.path))
+
+
+class Reward(Section):
+    """What the pictures are scored by."""
+
+    components: Annotated[tuple[RewardComponent, ...], Strict(False)]
+    """The list of reward models, each with name, path and weight."""
+
+    @field_validator("components")
+    @classmethod
+    def _objective(cls, components: tuple[RewardComponent, ...]) -> tuple[RewardComponent, ...]:
+        names = [c.name for c in components]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"{twice[0]!r} is the name of two components: give each its own")
+        if not any(c.weight for c in components):
+            raise ValueError("no component has a weight above 0, so there is nothing to train for: give one a weight")
+        return components
+
+
+class AlignConfig(Section):
+    """One alignment: model, prompts, surrogate and reward say what is done, all else how."""
+
+    model: Model
+    prompts: Prompts
+    sampling: Sampling = Sampling()
+    surrogate: AnySurrogate
+    reward: Reward
+    adapter: Adapter = Adapter()
+    train: Train = Train()
+    cluster: Cluster = Cluster()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+    output: paths.Folder = Path("~/.flowbp_ray/runs")
+    """The folder for checkpoints and exported adapters."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        train, guidance = self.train, self.sampling.guidance_scale
+        wrong = self.surrogate.contradictions(self.sampling.steps)
+        share = train.micro_batch * train.workers
+        if train.batch % share:
+            wrong.append(
+                f"train.batch is {train.batch}, no multiple of train.micro_batch × train.workers = {train.micro_batch} × "
+                f"{train.workers} = {share}: every worker takes whole micro-batches, so change one of the three"
+            )
+        if self.surrogate.compensate_guidance and guidance <= 1:
+            wrong.append(
+                f"surrogate.compensate_guidance is true but at sampling.guidance_scale {guidance} there is no guidance to "
+                "compensate: set it to false or raise the scale above 1"
+            )
+        if self.model.revision and not paths.HUB_ID.fullmatch(self.model.path):
+            wrong.append(
+                f"model.revision is {self.model.revision!r} but model.path is {self.model.path}, which is on this machine: "
+                "only a Hugging Face id has revisions, so remove one"
+            )
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        return self

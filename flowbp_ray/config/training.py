@@ -1,0 +1,118 @@
+"""How the adapter is trained, on what machines, and how it is evaluated and tracked."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict, field_validator
+
+from flowbp_ray.config import paths
+from flowbp_ray.config.section import Decay, Section, Text
+
+Betas = Annotated[tuple[Decay, Decay], Strict(False)]  # YAML has lists and no tuples
+
+
+class Adapter(Section):
+    """The LoRA adapter that is trained."""
+
+    rank: PositiveInt = 16
+    """Inner width of each pair of matrices."""
+    alpha: PositiveInt = 16
+    """The adapter's output is scaled by alpha / rank."""
+    targets: Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)] | None = None
+    """Patterns of the names of adapted modules; null leaves the choice to the backbone."""
+    init_from: paths.ExistingFolder | None = None
+    """The folder of an exported adapter to start from; null starts from the base model."""
+    export_strength: PositiveFloat = 1.0
+    """Factor on the adapter's scale at export: less than 1 stays nearer to the base model."""
+
+
+class Train(Section):
+    """The updates: AdamW at a constant learning rate."""
+
+    steps: PositiveInt = 300
+    """Updates, policy versions after the first."""
+    batch: PositiveInt = 32
+    """Samples a step, over all workers."""
+    micro_batch: PositiveInt = 16
+    """Samples that a worker differentiates at once: memory and speed, not the result."""
+    workers: PositiveInt = 1
+    """Train workers that share a batch."""
+    learning_rate: PositiveFloat = 1e-4
+    """AdamW's."""
+    betas: Betas = (0.9, 0.999)
+    """AdamW's two decays, each in [0, 1)."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """AdamW's, per unit of learning rate."""
+    max_grad_norm: PositiveFloat = 1.0
+    """A longer gradient is cut to this norm."""
+    ema: Decay = 0.995
+    """Decay per step of the averaged weights; 0 makes them the raw ones."""
+    policy_lag: Literal[0, 1] = 0
+    """How many versions behind the policy that samples is, exactly: 1 overlaps sampling with training."""
+    velocity_penalty: NonNegativeFloat = 0.0
+    """Factor on the squared distance to the base model's velocity at the active steps."""
+    seed: NonNegativeInt = 0
+    """Of every random draw in training."""
+    checkpoint_every: PositiveInt = 50
+    """Steps between checkpoints; the last step always has one."""
+
+
+class Cluster(Section):
+    """Processes and what each reserves; fractions of a CPU or GPU are allowed."""
+
+    samplers: PositiveInt = 1
+    """Processes that sample."""
+    sampler_cpus: NonNegativeFloat = 1.0
+    """CPUs for each sampler."""
+    sampler_gpus: NonNegativeFloat = 0.0
+    """GPUs for each sampler."""
+    trainer_cpus: NonNegativeFloat = 1.0
+    """CPUs for each train worker."""
+    trainer_gpus: NonNegativeFloat = 0.0
+    """GPUs for each train worker."""
+    reward_replicas: PositiveInt = 1
+    """Processes that decode and score."""
+    reward_cpus: NonNegativeFloat = 1.0
+    """CPUs for each reward replica."""
+    reward_gpus: NonNegativeFloat = 0.0
+    """GPUs for each reward replica."""
+    threads: PositiveInt = 1
+    """torch's threads in each of these processes."""
+
+
+class Evaluation(Section):
+    """How base and aligned model are compared: same prompts, seeds, guidance and steps."""
+
+    per_task: PositiveInt = 300
+    """Pictures for each of the six tasks."""
+    batch: PositiveInt = 50
+    """Pictures sampled at once."""
+    seed: NonNegativeInt = 0
+    """Of the noise that pictures start from."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Which weights are evaluated and exported; sampling in training is always raw."""
+    before: bool = True
+    """Evaluate the base model too, for the comparison."""
+    preview_prompts: NonNegativeInt = 8
+    """Prompts pictured at the start, along the way and at the end; 0 is none."""
+    preview_every: PositiveInt = 25
+    """Steps between previews along the way."""
+
+
+class Tracking(Section):
+    """Where MLflow puts the run."""
+
+    experiment: Text = "flowbp_ray"
+    """The MLflow experiment, made if it is new."""
+    run_name: Text | None = None
+    """The MLflow run's name; null lets MLflow choose."""
+    uri: Text | None = None
+    """MLflow's tracking URI; null takes MLFLOW_TRACKING_URI, else a database under ~/.flowbp_ray."""
+
+    @field_validator("uri")
+    @classmethod
+    def _everywhere(cls, uri: str | None) -> str | None:
+        if uri and uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+            raise ValueError(f"{uri!r} depends on the working directory: write sqlite://// and an absolute path")
+        return uri

@@ -1,0 +1,179 @@
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field, ValidationError
+
+from flowbp_ray.config import ConfigError, load
+from flowbp_ray.config.errors import sentences
+from flowbp_ray.config.section import Section
+from flowbp_ray.config.surrogates import Sparse
+
+GOOD = """\
+model: {path: shapes}
+prompts: {path: shapes}
+surrogate: {method: sparse}
+reward:
+  components:
+    - {name: preference, path: shapes/reward, weight: 1}
+    - {name: judge, path: shapes/judge, weight: 0}
+"""
+
+
+def refusal(path, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides)
+    return str(caught.value)
+
+
+@pytest.fixture
+def good(tmp_path):
+    path = tmp_path / "good.yaml"
+    path.write_text(GOOD)
+    load(path, [])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        # keys
+        ("train.stpes=20", "train.stpes is no setting: did you mean train.steps?"),
+        ("trian.steps=20", "trian is no setting: did you mean train?"),
+        ("learning_rate=1", "learning_rate is no setting: did you mean train.learning_rate?"),
+        ("sampling.lerning_rate=1", "sampling.lerning_rate is no setting: did you mean train.learning_rate?"),
+        ("surrogate.active=3", "surrogate.active is no setting: did you mean surrogate.active_steps?"),
+        ("reward.components.0.wieght=3", "reward.components.0.wieght is no setting: did you mean reward.components.0.weight?"),
+        ("model.zzz=3", "model.zzz is no setting: model has path, revision, dtype"),
+        ("zzz=3", "zzz is no setting: the configuration has model, prompts, sampling"),
+        ("train={1: 2}", "train.1: Keys should be strings"),
+        # missing
+        ("model={}", "model.path is missing: a folder or Hugging Face id in diffusers' format; 'shapes' means"),
+        ("surrogate={}", "surrogate.method is missing: which surrogate of the sampler is differentiated: 'sparse'"),
+        ("train.betas=[0.9]", "train.betas.1 is missing"),
+        # types
+        ("train.steps=ten", "train.steps must be a whole number, not 'ten'"),
+        ("train.steps=2.5", "train.steps must be a whole number, not 2.5"),
+        ("train.steps='20'", "train.steps must be a whole number, not '20'"),
+        ("train.steps=true", "train.steps must be a whole number, not true"),
+        ("train.steps=", "train.steps must be a whole number, not nothing (null)"),
+        ("train.learning_rate=fast", "train.learning_rate must be a number, not 'fast'"),
+        ("train.learning_rate=.inf", "train.learning_rate must be a finite number, not inf"),
+        ("train.betas=0.9", "train.betas must be a list, not 0.9"),
+        ("train.betas=[0.9, 0.9, 0.9]", "train.betas must be a list of at most 2, not [0.9, 0.9, 0.9]"),
+        ("evaluation.before=1", "evaluation.before must be true or false, not 1"),
+        ("tracking.run_name=7", "tracking.run_name must be text (in quotes if it looks like something else), not 7"),
+        ("tracking.experiment=''", "tracking.experiment must be text that is not empty, not ''"),
+        ("adapter.targets=to_q", "adapter.targets must be a list, not 'to_q'"),
+        ("adapter.targets=[]", "adapter.targets must be a list of at least 1, not []"),
+        ("train=fast", "train must be a section of settings, not 'fast'"),
+        ("output=3", "output must be a path, not 3"),
+        # ranges and choices
+        ("train.steps=0", "train.steps must be greater than 0, not 0"),
+        ("train.ema=1", "train.ema must be less than 1, not 1"),
+        ("train.betas.0=1", "train.betas must be a list, not {'0': 1}"),
+        ("train.velocity_penalty=-1", "train.velocity_penalty must be at least 0, not -1"),
+        ("train.policy_lag=2", "train.policy_lag must be 0 or 1, not 2"),
+        ("surrogate.tail=1.5", "surrogate.tail must be at most 1, not 1.5"),
+        ("surrogate.method=sparce", "surrogate.method must be 'sparse', not 'sparce'"),
+        ("sampling.height=60", "sampling.height must be a multiple of 8, not 60"),
+        ("model.dtype=float16", "model.dtype must be 'float32' or 'bfloat16', not 'float16'"),
+        ("reward.components.0.name=a b", "reward.components.0.name must be text that matches ^\\w[\\w.-]*$, not 'a b'"),
+        # files
+        ("model.path=shpaes", "/shpaes: did you mean 'shapes'?"),
+        ("model.path=../no/such", "../no/such: give a folder, a Hugging Face id (owner/name), or shapes"),
+        ("model.path=''", "model.path: '' is no local path"),
+        ("reward.components.0.path=shapes/rewrad", "/shapes/rewrad: did you mean 'shapes/reward'?"),
+        ("prompts.path=/no/such.txt", "prompts.path: there is no file /no/such.txt; 'shapes' means"),
+        ("adapter.init_from=/no/such", "adapter.init_from: there is no folder /no/such"),
+        ("output=/etc/passwd", "output: /etc/passwd is a file: name a folder"),
+        ("output=~nobody_here/runs", "output: '~nobody_here/runs': there is no such home folder"),
+        ("output=s3://bucket/runs", "output: 's3://bucket/runs' is no local path"),
+        ("tracking.uri=sqlite:///mlflow.db", "tracking.uri: 'sqlite:///mlflow.db' depends on the working directory"),
+        (f"output=/{300 * 'a'}", "aaa cannot be read: File name too long"),
+        # contradictions
+        ("train.batch=24", "train.batch is 24, no multiple of train.micro_batch × train.workers = 16 × 1 = 16"),
+        ("train.workers=3", "train.batch is 32, no multiple of train.micro_batch × train.workers = 16 × 3 = 48"),
+        ("sampling.steps=3", "surrogate.active_steps is 4 but sampling.steps is 3"),
+        ("surrogate.tail=0.2", "surrogate.tail = 0.2 leaves only the last 3 of 12 sampling.steps"),
+        ("model.revision=v2", "model.revision is 'v2' but model.path is shapes, which is on this machine"),
+        ("reward.components.0.weight=0", "reward.components: no component has a weight above 0"),
+        ("reward.components.1.name=preference", "reward.components: 'preference' is the name of two components"),
+        ("reward.components=[]", "reward.components: no component has a weight above 0"),
+        # overrides themselves
+        ("train.steps", "'train.steps' is no override: write section.setting=value"),
+        ("train..steps=3", "'train..steps=3' is no override"),
+        ("train.betas=[0.9", "'train.betas=[0.9', line 1: invalid YAML: "),
+        ("tracking.run_name=2024-13-45", "'tracking.run_name=2024-13-45': invalid YAML: month must be in 1..12"),
+        ("model.path.x=3", "'model.path.x=3': x cannot be set inside 'shapes', which is a value and not a section"),
+        ("reward.components.2.weight=1", "'reward.components.2.weight=1': the list has no item 2, it has 2, counted from 0"),
+        ("reward.components.judge.weight=1", "the list has no item judge"),
+    ],
+)
+def test_a_bad_override_is_one_sentence(good, override, sentence):
+    message = refusal(good, override)
+    assert sentence in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "",
+            "model is missing: set model.path\nprompts is missing: set prompts.path\nsurrogate is missing: set surrogate.method",
+        ),
+        ("just words", "has to consist of sections such as 'train:'"),
+        ("- a\n- b", "has to consist of sections such as 'train:'"),
+        ("model:\n  path: shapes\n bad: [", "bad.yaml, line 3: invalid YAML: "),
+        ("model:\n\tpath: shapes", "bad.yaml, line 2: invalid YAML: found character '\\t'"),
+        ("model:\n  path: shapes\n  path: other", "bad.yaml, line 3: invalid YAML: the key path appears twice"),
+        ("a: !!python/object:os.system {}", "bad.yaml, line 1: invalid YAML: could not determine a constructor"),
+        ("a: \x00", "bad.yaml: invalid YAML: "),
+        (GOOD + "train:\n", "train must be a section of settings, not nothing (null)"),
+        (b"a: \xff\xfe", "bad.yaml is not text in UTF-8"),
+    ],
+)
+def test_a_bad_file_says_where(tmp_path, text, sentence):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert sentence in refusal(path)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    assert refusal(tmp_path / "no.yaml") == f"there is no configuration {tmp_path / 'no.yaml'}"
+    assert refusal(tmp_path) == f"{tmp_path} cannot be read: Is a directory"
+
+
+def test_all_that_is_wrong_is_said_at_once(good):
+    assert len(refusal(good, "train.steps=-1", "sampling.height=x", "zzz=1").splitlines()) == 3
+    assert len(refusal(good, "train.batch=20", "sampling.steps=2", "model.revision=x").splitlines()) == 3
+
+
+def test_guidance_that_is_off_cannot_be_compensated(good):
+    message = refusal(good, "surrogate.compensate_guidance=true", "sampling.guidance_scale=1")
+    assert message.startswith("surrogate.compensate_guidance is true but at sampling.guidance_scale 1.0 there is no guidance")
+
+
+class Other(Section):
+    method: Literal["other"]
+    order: int = 3
+
+
+class Several(Section):
+    surrogate: Annotated[Sparse | Other, Field(discriminator="method")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"method": "other", "order": "x"}, "surrogate.order must be a whole number, not 'x'"),
+        ({"method": "sparse", "order": 3}, "surrogate.order is no setting: surrogate has detach_negative, "),
+        ({"method": "other", "ordre": 3}, "surrogate.ordre is no setting: did you mean surrogate.order?"),
+        ({"method": "x"}, "surrogate.method must be one of 'sparse', 'other', not 'x'"),
+        ({}, "surrogate.method is missing: it says which settings there are"),
+    ],
+)
+def test_sentences_about_a_choice_of_methods_leave_pydantics_tags_out(settings, sentence):
+    with pytest.raises(ValidationError) as caught:
+        Several.model_validate({"surrogate": settings})
+    assert sentences(caught.value, Several).startswith(sentence)
