@@ -1,0 +1,35 @@
+"""DRTune: the posterior mean at an early stop, reached by evenly spaced velocities whose model inputs are detached."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from flowbp_ray.surrogate.checks import count, share
+from flowbp_ray.surrogate.draws import evenly_spaced
+from flowbp_ray.surrogate.plan import Active, Plan, RewardInput
+from flowbp_ray.surrogate.quadrature import checked_grid, stopped_grid
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Defaults are the published ones."""
+
+    #: K, how many indices carry gradient; all of them where the stop leaves fewer.
+    active_steps: int = 3
+    #: The stop index s is uniform with ``T − s`` in 1…round(stop_ratio·T), or 1 where that rounds to 0.
+    stop_ratio: float = 0.4
+
+    def __post_init__(self) -> None:
+        count("active_steps", self.active_steps)
+        share("stop_ratio", self.stop_ratio)
+
+
+def plan(settings: Settings, sigmas: Tensor, generator: np.random.Generator) -> Plan:
+    """``x_0 + Σ_{i<s} Δ_i v_i − σ_s v_s``: the coefficient is ``Δ_i`` before the stop and ``−σ_s`` at it."""
+    grid = checked_grid(sigmas)
+    steps = len(grid) - 1
+    stop = steps - int(generator.integers(1, max(1, round(settings.stop_ratio * steps)) + 1))
+    deltas = np.diff(stopped_grid(grid, stop))
+    active = tuple(Active(i, float(deltas[i])) for i in evenly_spaced(stop + 1, settings.active_steps, generator))
+    return Plan("drtune", steps, (RewardInput("posterior_mean", stop),), active)

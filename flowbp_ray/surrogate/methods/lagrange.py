@@ -1,0 +1,73 @@
+"""FlowBP-Lagrange: two legs, k → j → T, each the integral of an interpolant of a few velocities, bridged at j."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from flowbp_ray.surrogate.checks import count, not_negative, one_of, positive, share
+from flowbp_ray.surrogate.draws import PairDraw
+from flowbp_ray.surrogate.plan import Active, Bridge, Connector, Plan, RewardInput, SampleWeight
+from flowbp_ray.surrogate.quadrature import checked_grid, lagrange_weights, rescale_factor, supports
+
+PUBLISHED_PAIR = PairDraw("dirichlet", concentration=(2.5, 6.0, 2.0), cap=10)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Defaults are the published ones for SD3.5-M."""
+
+    #: Supports of each leg, at most; all of its indices where it has fewer.
+    order: int = 3
+    #: Which of a leg's supports carry gradient: the first, the first two, or all.
+    active_supports: Literal["start", "midpoint", "all"] = "midpoint"
+    #: At most so many active supports a leg, or None.
+    max_active_supports: int | None = 2
+    #: Factor on the gradient of active supports other than a leg's start.
+    support_scale: float = 0.25
+    #: ρ, how far a leg's active gradients are scaled up to stand in for its inactive ones: 0 not at all, 1 fully.
+    rescale: float = 0.0
+    #: α, how much of the gradient at j's latent reaches the first leg.
+    alpha: float = 0.1
+    #: τ, the smallest connector error in the sample weight, in latent units.
+    weight_floor: float = 0.2
+    #: How (k, j) is drawn.
+    pair: PairDraw = PUBLISHED_PAIR
+    #: Share of the steps, counted from the end, that (k, j) is drawn from (at least 3 steps); None is all.
+    tail: float | None = None
+
+    def __post_init__(self) -> None:
+        count("order", self.order)
+        one_of("active_supports", self.active_supports, ("start", "midpoint", "all"))
+        if self.max_active_supports is not None:
+            count("max_active_supports", self.max_active_supports)
+        not_negative("support_scale", self.support_scale)
+        not_negative("rescale", self.rescale)
+        not_negative("alpha", self.alpha)
+        positive("weight_floor", self.weight_floor)
+        share("tail", self.tail)
+
+
+def leg(grid: np.ndarray, connector: Connector, number: int, support_scale: float = 1.0, rescale: float = 0.0) -> list[Active]:
+    """The first ``number`` supports of a leg (or all) as active velocities: weight × rescale × support scale."""
+    weights = lagrange_weights(grid, connector.start, connector.target, connector.supports)
+    factor = rescale_factor(rescale, weights, weights[:number])
+    scales = [factor] + [factor * support_scale] * (number - 1)
+    return [Active(i, w * s) for i, w, s in zip(connector.supports, weights, scales, strict=False)]
+
+
+def plan(settings: Settings, sigmas: Tensor, generator: np.random.Generator) -> Plan:
+    """``x̂_j`` and ``x̂_0`` by quadrature over ``[k, j)`` and ``[j, T)``, pinned to ``x_j`` and ``x_T``."""
+    grid = checked_grid(sigmas)
+    steps = len(grid) - 1
+    k, j = settings.pair.draw(steps, settings.tail, generator)
+    connectors = tuple(Connector(a, b, supports(a, b, settings.order)) for a, b in ((k, j), (j, steps)))
+    number = {"start": 1, "midpoint": 2, "all": settings.order}[settings.active_supports]
+    if settings.max_active_supports is not None:
+        number = min(number, settings.max_active_supports)
+    active: list[Active] = []
+    for connector in connectors:
+        active += leg(grid, connector, number, settings.support_scale, settings.rescale)
+    weight = SampleWeight(connectors, settings.weight_floor)
+    return Plan("lagrange", steps, (RewardInput("sampled", steps),), tuple(active), (Bridge(j, settings.alpha),), weight)

@@ -1,0 +1,36 @@
+"""Randomised truncation (AlignProp): truncated backpropagation through a random number of last steps."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from flowbp_ray.surrogate.checks import count, require
+from flowbp_ray.surrogate.methods import truncated
+from flowbp_ray.surrogate.plan import Plan
+
+
+@dataclass(frozen=True)
+class Settings:
+    """AlignProp draws K over the whole trajectory; here from 1, as no step at all gives no gradient."""
+
+    #: Smallest K.
+    least: int = 1
+    #: Largest K, or None for all steps.
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        count("least", self.least)
+        if self.most is not None:
+            count("most", self.most, self.least)
+
+
+def plan(settings: Settings, sigmas: Tensor, generator: np.random.Generator) -> Plan:
+    """K is uniform in ``least … most``; the rest is `truncated`."""
+    steps = len(sigmas) - 1
+    most = steps if settings.most is None else settings.most
+    require(
+        settings.least <= most <= steps, "most", settings.most, f"from least ({settings.least}) to the {steps} steps there are"
+    )
+    number = int(generator.integers(settings.least, most + 1))
+    return replace(truncated.plan(truncated.Settings(number), sigmas, generator), method="randomised_truncation")
