@@ -1,0 +1,183 @@
+"""One alignment's MLflow run: every MLflow call of it, in the one process that holds this object."""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import re
+import shlex
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+
+from flowbp_ray.tracking.store import SERVERS, artifact_root
+
+#: The folder that is a git checkout if the package is not an installed copy.
+CHECKOUT = Path(__file__).resolve().parents[2]
+#: The configuration that the run started with, and the one it was last continued with.
+CONFIG, CONTINUED = "resolved_config.yaml", "resolved_config_continued.yaml"
+#: Characters of the longest value that is a parameter itself; MLflow would cut at 6000, with only a warning.
+LONGEST = 500
+
+
+class TrackedRun:
+    """A run by its id, for one writer: no global MLflow state, nothing asynchronous, arguments that pickle."""
+
+    def __init__(self, uri: str, experiment: str, run_name: str | None, *, config: dict, run_id: str | None = None) -> None:
+        """Start a run in the experiment (made if it is new), or continue the one with ``run_id`` under its own name.
+
+        ``uri`` is from ``store.tracking_uri``; ``config`` is the resolved configuration, of plain values. A continued run
+        keeps the parameters it started with; the tag ``continued_with_other`` names the settings that are different now.
+        ValueError if the run is of another experiment, mlflow.MlflowException if there is none or the store fails.
+        """
+        self.uri = uri
+        parameters, text = flattened(config), yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        tags = {"method": config["surrogate"]["method"], "model": config["model"]["path"], **code_version(CHECKOUT)}
+        self._client = MlflowClient(uri)
+        if run_id is None:
+            self.experiment_id = self._experiment(experiment)
+            self.run_id: str = self._client.create_run(self.experiment_id, tags=tags, run_name=run_name).info.run_id
+            self.text(text, CONFIG)
+            self._client.log_batch(self.run_id, params=[Param(k, v) for k, v in parameters.items()], synchronous=True)
+            self._points: set[tuple[str, int]] = set()
+            self._pictures: set[tuple[str, int]] = set()
+            return
+        run = self._client.get_run(run_id)
+        self.run_id, self.experiment_id = run_id, run.info.experiment_id
+        if (its := self._client.get_experiment(self.experiment_id).name) != experiment:
+            raise ValueError(f"the MLflow run {run_id} is of the experiment {its!r}, not of {experiment!r}")
+        self._client.update_run(run_id, status="RUNNING")
+        self.text(text, CONTINUED)
+        other = sorted(k for k in parameters.keys() | run.data.params.keys() if parameters.get(k) != run.data.params.get(k))
+        for key, value in {**tags, "continued_with_other": " ".join(other)}.items():
+            self._client.set_tag(run_id, key, value, synchronous=True)
+        self._points = {(key, p.step) for key in run.data.metrics for p in self._client.get_metric_history(run_id, key)}
+        self._pictures = {_pictured(f.path) for f in self._client.list_artifacts(run_id, "images")}
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        """Log the values at a step, all or none; a metric that has a point there already keeps it.
+
+        ValueError names the metrics that are not finite.
+        """
+        if wrong := {k: float(v) for k, v in values.items() if not math.isfinite(v)}:
+            raise ValueError(f"at step {step}, not finite: {', '.join(f'{k} = {v}' for k, v in wrong.items())}")
+        now = time.time_ns() // 1_000_000  # MLflow counts milliseconds
+        points = [Metric(k, float(v), now, step) for k, v in values.items() if (k, step) not in self._points]
+        self._client.log_batch(self.run_id, metrics=points, synchronous=True)
+        self._points |= {(p.key, p.step) for p in points}
+
+    def picture(self, key: str, array: np.ndarray, step: int) -> None:
+        """Log a uint8 picture ``(H, W, 3)`` for the MLflow UI's slider; a key that has one at the step keeps it.
+
+        ValueError for another array, or a key of other than letters, digits, space and ``_-./``.
+        """
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+            raise ValueError(f"the picture {key!r} has to be uint8 of shape (H, W, 3), not {array.dtype} {array.shape}")
+        if (key, step) not in self._pictures:
+            self._client.log_image(self.run_id, array, key=key, step=step, synchronous=True)
+            self._pictures.add((key, step))
+
+    def text(self, text: str, artifact_file: str) -> None:
+        """Keep a text as an artifact, in place of an earlier one of the name, such as ``evaluation/table.md``."""
+        self._client.log_text(self.run_id, text, artifact_file)
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Keep a file, or a folder with all that is in it, under its own name in the run's ``folder`` (or at its top).
+
+        ValueError if the path is relative: the caller's working directory is not this process's. FileNotFoundError.
+        """
+        if not path.is_absolute():
+            raise ValueError(f"the artifact {path} depends on the working directory: give its absolute path")
+        if not path.exists():
+            raise FileNotFoundError(f"there is no {path} to keep as an artifact")
+        self._client.log_artifact(self.run_id, str(path), folder)
+
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        """End the run, now; it can be continued."""
+        self._client.set_terminated(self.run_id, status)
+
+    def info(self) -> dict[str, str]:
+        """What a person is told: ``run_id``, ``page`` (URL), and ``command``, which serves the page (empty for a server)."""
+        page = f"#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        shown = re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", self.uri)  # a password is not for the terminal
+        if self.uri.partition("://")[0] in SERVERS:
+            return {"run_id": self.run_id, "page": f"{shown.rstrip('/')}/{page}", "command": ""}
+        command = f"mlflow ui --backend-store-uri {shlex.quote(shown)}"
+        return {"run_id": self.run_id, "page": f"http://127.0.0.1:5000/{page}", "command": command}
+
+    def _experiment(self, name: str) -> str:
+        """The experiment's id; a new one gets an absolute place for its artifacts."""
+        root = artifact_root(self.uri)
+        if name == "Default" and root is not None:  # made with the database, its artifacts are where that happened to be
+            raise ValueError("MLflow's experiment 'Default' keeps artifacts in a working directory: name another one")
+        found = self._client.get_experiment_by_name(name)
+        return found.experiment_id if found else self._client.create_experiment(name, artifact_location=root)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that is no plain word: ``config.load``, unlike plain YAML, would read 1e-3 as a number."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isidentifier() else "'")
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def flattened(config: dict) -> dict[str, str]:
+    """Parameters by the dotted names that overrides have; text as it is, other values as JSON.
+
+    A list of sections is gone into, a list of plain values is one value. Of a value over 500 characters there is the
+    length, a digest (equal values still look equal) and where it is.
+    """
+    values = {}
+    for name, value in _leaves(config, ""):
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        if len(text) > LONGEST:
+            digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+            text = f"see {CONFIG} ({len(text)} characters, sha256 {digest})"
+        values[name] = text
+    return values
+
+
+def _leaves(node: Any, name: str) -> list[tuple[str, Any]]:
+    if isinstance(node, dict) and node:
+        items = list(node.items())
+    elif isinstance(node, list | tuple) and any(isinstance(item, dict | list | tuple) for item in node):
+        items = list(enumerate(node))
+    else:
+        return [(name, node)]
+    return [leaf for key, value in items for leaf in _leaves(value, f"{name}.{key}" if name else str(key))]
+
+
+def code_version(checkout: Path) -> dict[str, str]:
+    """Tags: the installed package's version and, of a git checkout, its commit and whether tracked files differ from it."""
+    try:
+        tags = {"flowbp_ray.version": importlib.metadata.version("flowbp_ray")}
+    except importlib.metadata.PackageNotFoundError:
+        tags = {"flowbp_ray.version": "not installed"}
+    if not (checkout / ".git").exists():  # git itself would go on to a repository around it
+        return tags
+    git = ["git", "--no-optional-locks", "-C", str(checkout)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+        status = [*git, "status", "--porcelain", "--untracked-files=no"]
+        changed = subprocess.run(status, check=True, capture_output=True, text=True).stdout
+    except subprocess.CalledProcessError as error:
+        return tags | {"git.commit": f"unknown: {error.stderr.strip()}"}
+    except FileNotFoundError:
+        return tags | {"git.commit": "unknown: git is not installed"}
+    # The first is what the MLflow UI shows as the run's version.
+    return tags | {"mlflow.source.git.commit": commit, "git.commit": commit, "git.changed": str(bool(changed)).lower()}
+
+
+def _pictured(path: str) -> tuple[str, int]:
+    """Key and step of a logged image's artifact, ``images/KEY+step+STEP+…`` with ``~`` for the key's ``/``."""
+    key, _, step, *_ = Path(path).name.split("+")
+    return key.replace("~", "/"), int(step)

@@ -1,0 +1,54 @@
+"""Which MLflow store a run goes to: a place that is the same whatever directory the process works in."""
+
+import os
+from pathlib import Path
+
+#: MLflow's databases, and its servers.
+DATABASES, SERVERS = ("sqlite", "postgresql", "mysql", "mssql"), ("http", "https")
+
+
+def tracking_uri(configured: str | None) -> str:
+    """The configured URI, else MLFLOW_TRACKING_URI, else a SQLite file in ~/.flowbp_ray; a SQLite file's folder is made.
+
+    ValueError for one that depends on the working directory or that MLflow cannot keep these runs in; OSError if the
+    folder cannot be made.
+    """
+    uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_home() / 'mlflow.db'}"
+    scheme = _scheme(uri)
+    if scheme not in DATABASES + SERVERS:
+        raise ValueError(
+            f"{uri!r} is no tracking URI for MLflow 3, which no longer keeps runs in folders: write sqlite:////absolute/path.db, "
+            "another database's URI, or a server's http(s) address"
+        )
+    if scheme == "sqlite":
+        if not _database(uri).is_absolute():
+            raise ValueError(f"{uri!r} depends on the working directory: write sqlite://// and an absolute path")
+        _database(uri).parent.mkdir(parents=True, exist_ok=True)
+    return uri
+
+
+def artifact_root(uri: str) -> str | None:
+    """The ``file://`` URI of the folder for a new experiment's artifacts; None where a server has its own.
+
+    It is ``artifacts`` beside a SQLite file, ~/.flowbp_ray/artifacts for another database: left to itself, MLflow takes
+    ``mlruns`` in the working directory.
+    """
+    scheme = _scheme(uri)
+    if scheme in SERVERS:
+        return None
+    return ((_database(uri).parent if scheme == "sqlite" else _home()) / "artifacts").as_uri()
+
+
+def _home() -> Path:
+    return Path.home() / ".flowbp_ray"
+
+
+def _scheme(uri: str) -> str:
+    """``sqlite`` of ``sqlite+pysqlite:////…``; empty if there is none."""
+    before, found, _ = uri.partition("://")
+    return before.partition("+")[0] if found else ""
+
+
+def _database(uri: str) -> Path:
+    """A SQLite URI's file; relative for ``sqlite:///name`` and for a database in memory."""
+    return Path(uri.partition(":///")[2].partition("?")[0])
