@@ -15,6 +15,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from pipelines import quiet_libraries
+
 STAGES = ("autoencoder", "base", "reward", "judge", "measure")
 
 
@@ -29,6 +31,11 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--work", type=Path, default=Path(".build/shapes"), help="checkpoints and logs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--start",
+        type=Path,
+        help="a finished pipeline to train the base further from, with its autoencoder; give another --seed for other drawings",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
     parser.add_argument(
         "--threads", type=int, default=1, help="of this process; one process a core is fastest (default: %(default)s)"
@@ -37,6 +44,8 @@ def arguments() -> argparse.Namespace:
         "--workers", type=int, default=0, help="drawing processes, for a GPU to be kept busy (default: %(default)s)"
     )
     args = parser.parse_args()
+    if args.start is not None and not (args.start / "model_index.json").exists():
+        parser.error(f"--start {args.start}: there is no pipeline in that folder (no model_index.json)")
     if unknown := [s for s in args.stages if s not in STAGES]:
         parser.error(f"unknown stage {unknown[0]!r}: the stages are {', '.join(STAGES)}")
     return args
@@ -46,6 +55,7 @@ def main() -> None:
     """Run the stages that are asked for and not finished."""
     args = arguments()
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
+    quiet_libraries()
     import torch
 
     from flowbp_ray.shapes.build import autoencoder, base, card, measure, preference_model
@@ -57,20 +67,34 @@ def main() -> None:
     preferences = partial(preference_model.build, **common)
     builds: dict[str, Callable[[], None]] = {
         "autoencoder": partial(autoencoder.build, work / "autoencoder", vae, seed=args.seed, **common),
-        "base": partial(base.build, work / "base", vae, target / "base", seed=args.seed + 3, **common),
+        "base": partial(
+            base.build,
+            work / "base",
+            vae if args.start is None else args.start / "vae",
+            target / "base",
+            start=args.start,
+            seed=args.seed + 3,
+            **common,
+        ),
         "reward": partial(preferences, work / "reward", target / "reward", preference_model.REWARD, seed=args.seed + 1),
         "judge": partial(preferences, work / "judge", target / "judge", preference_model.JUDGE, seed=args.seed + 2),
         "measure": partial(measure.measure, work, target, measured, args.device),
     }
-    needs = {"base": ["autoencoder"], "measure": ["autoencoder", "base", "reward", "judge"]}
+    needs = {
+        "base": [] if args.start is not None else [vae / "config.json"],
+        "measure": [target / name / "config.json" for name in ("reward", "judge")] + [target / "base" / "model_index.json"],
+    }
     for stage in args.stages or STAGES:
         done = work / stage / "done"
         if done.exists():
             print(f"{stage}: finished earlier; remove {done} to run it again")
             continue
-        if missing := [n for n in needs.get(stage, []) if not (work / n / "done").exists()]:
-            sys.exit(f"{stage} needs the finished stage {missing[0]}: run python -m pipelines.build_shapes {missing[0]}")
+        if missing := [f for f in needs.get(stage, []) if not f.exists()]:
+            sys.exit(f"{stage} needs what an earlier stage makes, {missing[0]}: run the stages in order, or all")
         builds[stage]()
+        if stage != "measure":
+            measure.forget(measured, stage, further=stage == "base" and args.start is not None)
+            (work / "measure" / "done").unlink(missing_ok=True)
         done.parent.mkdir(parents=True, exist_ok=True)
         done.touch()
         print(f"{stage}: done")

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from pipelines import quiet_libraries
+
 COLUMNS = 8
 
 
@@ -28,6 +30,7 @@ def main() -> None:
             f"no pipeline in {models / 'base'}: train it with python -m pipelines.build_shapes, or name another --models folder"
         )
 
+    quiet_libraries()
     import json
 
     import numpy as np

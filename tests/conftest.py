@@ -1,7 +1,10 @@
 """What all tests share: one thread a process (two cores are not to be fought over), and a tiny random pipeline."""
 
 import json
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,3 +31,40 @@ def tiny_pipeline(request, tmp_path_factory):
     scheduler = path / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"shift": request.param}))
     return path
+
+
+PLAIN = """
+import json, sys
+sys.modules["flowbp_ray"] = None  # any import of the project fails
+import numpy, torch
+from diffusers import StableDiffusion3Pipeline
+folder, output, lora, prompts, seeds, steps, guidance_scale = json.loads(sys.argv[1])
+pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32)
+if lora:
+    pipeline.load_lora_weights(lora)
+pictures = pipeline(
+    prompts,
+    generator=[torch.Generator().manual_seed(s) for s in seeds],
+    sigmas=numpy.linspace(1, 1 / steps, steps).tolist(),
+    num_inference_steps=steps,
+    guidance_scale=guidance_scale,
+    height=64,
+    width=64,
+    max_sequence_length=8,
+    output_type="np",
+).images
+numpy.save(output, pictures)
+"""
+
+
+@pytest.fixture
+def plain_diffusers(tmp_path):
+    """Pictures (B, 3, 64, 64) of the stock pipeline, made in a process and a folder without this project."""
+
+    def sample(folder, prompts, seeds, *, steps, guidance_scale, lora=None):
+        output = tmp_path / "plain.npy"
+        arguments = [str(folder), str(output), lora and str(lora), prompts, seeds, steps, guidance_scale]
+        subprocess.run([sys.executable, "-I", "-c", PLAIN, json.dumps(arguments)], check=True, cwd=tmp_path)
+        return torch.from_numpy(np.load(output)).permute(0, 3, 1, 2)
+
+    return sample

@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+#: Every linear module of the joint blocks that a LoRA means: attention, second attention and both feed-forwards.
+LORA_TARGETS = (
+    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj")),
+    *(f"{name}.{part}" for name in ("ff", "ff_context") for part in ("net.0.proj", "net.2")),
+)
 T5_TOKENS = 256  # the stock pipeline's default; a tokenizer that is shorter says so itself
 
 
@@ -19,6 +25,22 @@ class Conditioning:
 
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor
+
+    def expand(self, number: int) -> Self:
+        """The one row of this conditioning, ``number`` times (without a copy)."""
+        return type(self)(self.prompt_embeds.expand(number, -1, -1), self.pooled_prompt_embeds.expand(number, -1))
+
+
+def shifted_grid(steps: int, shift: float) -> Tensor:
+    """``linspace(1, 1/steps)`` shifted by a static shift, then 0: float32 ``(steps + 1,)``."""
+    sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    return torch.cat([shift * sigmas / (1 + (shift - 1) * sigmas), torch.zeros(1)]).float()
+
+
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Pictures ``(B, 3, height, width)`` in 0…1, differentiable (the clamp's gradient is 0 where it saturates)."""
+    scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return (vae.decode(scaled.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
 class SD3Backbone:
@@ -67,9 +89,7 @@ class SD3Backbone:
         The published training grid. The stock pipeline without ``sigmas`` shifts an already shifted minimum
         and ends elsewhere; give it ``sigmas=linspace(1, 1/steps, steps)`` for this one.
         """
-        sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
-        shift = self.pipeline.scheduler.config.shift
-        return torch.cat([shift * sigmas / (1 + (shift - 1) * sigmas), torch.zeros(1)]).float()
+        return shifted_grid(steps, self.pipeline.scheduler.config.shift)
 
     def velocity(
         self,
@@ -88,8 +108,9 @@ class SD3Backbone:
         guided = negative is not None and guidance_scale > 1
         if negative is not None and guidance_scale > 1:
             inputs = torch.cat([latents, latents])
-            embeds = torch.cat([negative.prompt_embeds.expand_as(embeds), embeds])
-            pooled = torch.cat([negative.pooled_prompt_embeds.expand_as(pooled), pooled])
+            both = negative.expand(len(latents))
+            embeds = torch.cat([both.prompt_embeds, embeds])
+            pooled = torch.cat([both.pooled_prompt_embeds, pooled])
         output = self.transformer(
             hidden_states=inputs.to(self.transformer.dtype),
             encoder_hidden_states=embeds,
@@ -103,10 +124,8 @@ class SD3Backbone:
         return unconditional + guidance_scale * (conditional - unconditional)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures ``(B, 3, height, width)`` in 0…1, differentiable (the clamp's gradient is 0 where it saturates)."""
-        config = self.vae.config
-        scaled = latents / config.scaling_factor + config.shift_factor
-        return (self.vae.decode(scaled.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+        """Pictures of latents, as the function `decode`."""
+        return decode(self.vae, latents)
 
     @torch.no_grad()
     def sample(

@@ -1,9 +1,5 @@
 """The adapter on a tiny random pipeline of the real classes, in the real on-disk format."""
 
-import subprocess
-import sys
-
-import numpy as np
 import pytest
 import torch
 
@@ -11,46 +7,14 @@ from flowbp_ray.backbones.sd3 import SD3Backbone
 
 PROMPTS, SEEDS, STEPS, GUIDANCE = ["a red ring", "a ring above a cross"], [5, 6], 4, 3.0
 
-PLAIN = """
-import sys
-sys.modules["flowbp_ray"] = None  # any import of the project fails
-import numpy, torch
-from diffusers import StableDiffusion3Pipeline
-folder, output, prompts, seeds, steps, guidance = sys.argv[1], sys.argv[2], *map(eval, sys.argv[3:])
-pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32)
-pictures = pipeline(
-    prompts,
-    generator=[torch.Generator().manual_seed(s) for s in seeds],
-    sigmas=numpy.linspace(1, 1 / steps, steps).tolist(),
-    num_inference_steps=steps,
-    guidance_scale=guidance,
-    height=64,
-    width=64,
-    max_sequence_length=8,
-    output_type="np",
-).images
-numpy.save(output, pictures)
-"""
-
-
-def plain_diffusers(folder, tmp_path, steps=STEPS, guidance=GUIDANCE):
-    """Pictures (B, 3, 64, 64) of the stock pipeline, in a process and a folder without this project."""
-    output = tmp_path / "plain.npy"
-    values = [repr(v) for v in (PROMPTS, SEEDS, steps, guidance)]
-    subprocess.run([sys.executable, "-I", "-c", PLAIN, str(folder), str(output), *values], check=True, cwd=tmp_path)
-    return torch.from_numpy(np.load(output)).permute(0, 3, 1, 2)
-
-
 pytestmark = pytest.mark.parametrize("tiny_pipeline", [1.0, 3.0], indirect=True, ids=["shift1", "shift3"])
 
 
-def test_same_pictures_as_plain_diffusers(tiny_pipeline, tmp_path):
-    ours = SD3Backbone.from_pretrained(tiny_pipeline).sample(
-        PROMPTS, SEEDS, steps=STEPS, guidance_scale=GUIDANCE, height=64, width=64
-    )
-    plain = plain_diffusers(tiny_pipeline, tmp_path)
+def test_same_pictures_as_plain_diffusers(tiny_pipeline, plain_diffusers):
+    sampling = {"steps": STEPS, "guidance_scale": GUIDANCE}
+    ours = SD3Backbone.from_pretrained(tiny_pipeline).sample(PROMPTS, SEEDS, **sampling, height=64, width=64)
     assert ours.std() > 0.01
-    assert (ours - plain).abs().max() <= 1e-4
+    assert (ours - plain_diffusers(tiny_pipeline, PROMPTS, SEEDS, **sampling)).abs().max() <= 1e-4
 
 
 def test_grid_runs_from_one_to_zero_with_the_schedulers_shift(tiny_pipeline):

@@ -27,7 +27,7 @@ def built(tmp_path_factory):
         patch.setattr(base, "BANK", 100)
         patch.setattr(loop, "LOG_EVERY", 2)
         autoencoder.build(work / "autoencoder", work / "autoencoder" / "vae", seed=0, **COMMON)
-        base.build(work / "base", work / "autoencoder" / "vae", models / "base", seed=0, **COMMON)
+        base.build(work / "base", work / "autoencoder" / "vae", models / "base", start=None, seed=0, **COMMON)
         for name, size in (("reward", preference_model.REWARD), ("judge", preference_model.JUDGE)):
             preference_model.build(work / name, models / name, dataclasses.replace(size, steps=10), seed=0, **COMMON)
     return work, models
@@ -70,6 +70,20 @@ def test_the_card_states_every_figure_that_was_measured(built, tmp_path, monkeyp
     text = (tmp_path / "README.md").read_text()
     for task in TASKS:
         assert card.percent(figures["six_tasks"][task]) in text
+    measure.forget(file, "base", further=True)
+    left = json.loads(file.read_text())
+    assert left["earlier_base"]["steps"] == 10
+    assert "comparisons_judge" in left
+    assert not {"six_tasks", "guidance_1.0", "training_base", "parameters"} & set(left)
+
+
+def test_training_goes_on_from_a_finished_pipeline(built):
+    model = base.Encoders(base.clip_tokenizer(), base.t5_tokenizer())
+    base.start_from(model, built[1] / "base")
+    finished = StableDiffusion3Pipeline.from_pretrained(built[1] / "base", dtype=torch.float32)
+    for name in ("transformer", "text_encoder", "text_encoder_3"):
+        for one, other in zip(getattr(model, name).parameters(), finished.components[name].parameters(), strict=True):
+            assert torch.equal(one, other)
 
 
 def tiny_run(work, steps_then, resumes):

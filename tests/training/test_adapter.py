@@ -1,10 +1,7 @@
 """Adapters on a tiny random pipeline: what is bound, pushed, averaged, and exported for plain diffusers."""
 
 import json
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,21 +11,6 @@ from flowbp_ray.training import adapter
 TARGETS = ["attn.to_q", "attn.to_v", "ff.net.2"]
 LORA = {"rank": 4, "alpha": 12.0, "targets": TARGETS}
 PROMPTS, SEEDS = ["a red ring", "a ring above a cross"], [5, 6]
-
-PLAIN = """
-import sys
-sys.modules["flowbp_ray"] = None  # any import of the project fails
-import numpy, torch
-from diffusers import StableDiffusion3Pipeline
-folder, lora, output, prompts, seeds = *sys.argv[1:4], *map(eval, sys.argv[4:])
-pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32)
-pipeline.load_lora_weights(lora)
-pictures = pipeline(
-    prompts, generator=[torch.Generator().manual_seed(s) for s in seeds], sigmas=[1.0, 0.5],
-    num_inference_steps=2, guidance_scale=3.0, height=64, width=64, max_sequence_length=8, output_type="np",
-).images
-numpy.save(output, pictures)
-"""
 
 
 @pytest.fixture
@@ -81,7 +63,7 @@ def test_pushed_weights_arrive_and_change_the_picture(backbone, tiny_pipeline):
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_plain_diffusers_makes_the_same_pictures_from_the_export(backbone, tiny_pipeline, tmp_path, strength):
+def test_plain_diffusers_makes_the_same_pictures_from_the_export(backbone, tiny_pipeline, plain_diffusers, tmp_path, strength):
     base_pictures = pictures(backbone)
     adapter.add_adapter(backbone, **LORA, seed=0)
     state = trained(adapter.read(backbone.transformer))
@@ -89,9 +71,8 @@ def test_plain_diffusers_makes_the_same_pictures_from_the_export(backbone, tiny_
     backbone.transformer.set_adapters("default", strength)
     ours = pictures(backbone)
     adapter.export(backbone, state, tmp_path / "adapter", weights="ema", strength=strength)
-    values = [str(tiny_pipeline), str(tmp_path / "adapter"), str(tmp_path / "plain.npy"), repr(PROMPTS), repr(SEEDS)]
-    subprocess.run([sys.executable, "-I", "-c", PLAIN, *values], check=True, cwd=tmp_path)
-    plain = torch.from_numpy(np.load(tmp_path / "plain.npy")).permute(0, 3, 1, 2)
+    lora = tmp_path / "adapter"
+    plain = plain_diffusers(tiny_pipeline, PROMPTS, SEEDS, steps=2, guidance_scale=3.0, lora=lora)
     assert (plain - ours).abs().max() <= 1e-4
     assert (plain - base_pictures).abs().max() > 0.01
     note = json.loads((tmp_path / "adapter" / "adapter.json").read_text())

@@ -200,14 +200,27 @@ def save_pipeline(model: Encoders, vae: AutoencoderKL, target: Path) -> None:
     ).to(dtype=torch.float16).save_pretrained(target)
 
 
-def build(work: Path, autoencoder: Path, target: Path, *, seed: int, device: str, workers: int) -> None:
-    """Train the base model on the finished autoencoder's latents and save the pipeline to ``target``."""
+def start_from(model: Encoders, pipeline: Path) -> None:
+    """Take the weights of a finished pipeline, so that more training goes on from there."""
+    finished = StableDiffusion3Pipeline.from_pretrained(pipeline, dtype=torch.float32)
+    for name, part in model.named_children():
+        part.load_state_dict(finished.components[name].state_dict())
+
+
+def build(work: Path, autoencoder: Path, target: Path, *, start: Path | None, seed: int, device: str, workers: int) -> None:
+    """Train the base model on the finished autoencoder's latents and save the pipeline to ``target``.
+
+    ``start`` is a finished pipeline to go on from, with the autoencoder that it was trained with.
+    """
     torch.manual_seed(seed)
     vae = AutoencoderKL.from_pretrained(autoencoder)
     latents, specs = encode_bank(vae, work, seed, device)
     tokenizers = clip_tokenizer(), t5_tokenizer()
+    model = Encoders(*tokenizers)
+    if start is not None:
+        start_from(model, start)
     averaged = train(
-        Encoders(*tokenizers),
+        model,
         Captioned(latents, specs, tokenizers, seed, SCHEDULE.batch),
         loss,
         SCHEDULE,

@@ -40,6 +40,11 @@ def card(figures: dict) -> str:
         ]
         for name, s in schedules.items()
     ]
+    if "earlier_base" in figures:
+        earlier = figures["earlier_base"]
+        training.append(
+            ["base, before that", str(earlier["steps"]), str(base.SCHEDULE.batch), "", "", f"{earlier['minutes']:.0f}"]
+        )
     checker = figures["checker"]
     sweep = [
         [

@@ -28,8 +28,8 @@ from flowbp_ray.shapes.world import draw, lay_out
 
 STEPS = 12
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-SWEEP, FINAL = 100, 500  # pictures per task
-CHECKED, PAIRS = 2000, 500
+SWEEP, FINAL = 60, 300  # pictures per task
+CHECKED, PAIRS = 2000, 400
 
 
 def jpeg(picture: np.ndarray, quality: int = 75) -> np.ndarray:
@@ -111,6 +111,24 @@ def training_figures(work: Path) -> dict[str, float]:
     return {"steps": rows[-1]["step"], "loss": rows[-1]["loss"], "minutes": round(seconds / 60, 1)}
 
 
+def forget(file: Path, stage: str, further: bool) -> None:
+    """Drop the figures that a newly trained stage makes untrue; ``further`` if it went on from the measured model."""
+    if not file.exists():
+        return
+    figures = json.loads(file.read_text())
+    stale = {"autoencoder": ("checker",), "base": ("guidance", "best_guidance", "six_tasks")}.get(
+        stage, (f"comparisons_{stage}",)
+    )
+    trained = figures.pop(f"training_{stage}", None)
+    if further and trained is not None:
+        earlier = figures.get(f"earlier_{stage}", {"steps": 0, "minutes": 0})
+        figures[f"earlier_{stage}"] = {k: earlier[k] + trained[k] for k in earlier}
+    else:
+        figures.pop(f"earlier_{stage}", None)
+    figures = {k: v for k, v in figures.items() if not k.startswith((*stale, "parameters"))}
+    file.write_text(json.dumps(figures, indent=1) + "\n")
+
+
 def measure(work: Path, models: Path, file: Path, device: str) -> None:
     """Measure all parts in ``models`` and write the figures to ``file``, part by part (finished ones are kept)."""
     figures = json.loads(file.read_text()) if file.exists() else {}
@@ -125,17 +143,16 @@ def measure(work: Path, models: Path, file: Path, device: str) -> None:
         return {k: asdict(v) for k, v in measure_base(backbone, guidance_scale, per_task).items()}
 
     backbone = SD3Backbone.from_pretrained(models / "base", device=device)
-    for name in ("autoencoder", "base", "reward", "judge"):
-        part(f"training_{name}", partial(training_figures, work / name))
-    part("parameters", partial(count_parameters, models))
     part("checker", partial(measure_checker, backbone, CHECKED))
-    for name in ("reward", "judge"):
-        part(f"comparisons_{name}", partial(measure_preferences, CLIPScore(models / name), PAIRS))
     sweep = {g: part(f"guidance_{g}", partial(six, backbone, g, SWEEP))["mean"]["value"] for g in GUIDANCE}
     best = part("best_guidance", lambda: max(sweep, key=sweep.__getitem__))
     part("six_tasks", partial(six, backbone, best, FINAL))
-    early = at_80_percent(work / "base", models / "base", device)
-    part("six_tasks_at_80_percent", partial(six, early, best, FINAL))
+    part("six_tasks_at_80_percent", lambda: six(at_80_percent(work / "base", models / "base", device), best, FINAL))
+    for name in ("reward", "judge"):
+        part(f"comparisons_{name}", partial(measure_preferences, CLIPScore(models / name), PAIRS))
+    for name in ("autoencoder", "base", "reward", "judge"):
+        part(f"training_{name}", partial(training_figures, work / name))
+    part("parameters", partial(count_parameters, models))
 
 
 def count_parameters(models: Path) -> dict[str, int]:

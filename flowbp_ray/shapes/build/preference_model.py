@@ -34,7 +34,7 @@ class Size:
 
 
 PATCH = 8
-REWARD, JUDGE = Size(96, 3, 3, steps=9000), Size(128, 3, 4, steps=6000)
+REWARD, JUDGE = Size(96, 3, 3, steps=6000), Size(128, 3, 4, steps=6000)
 SCHEDULE = Schedule(steps=REWARD.steps, batch=24, learning_rate=1e-3, decay=0.6)
 
 

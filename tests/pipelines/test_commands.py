@@ -1,0 +1,51 @@
+"""The commands as a person runs them."""
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+
+def run(*arguments, cwd=None):
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False, cwd=cwd)
+
+
+@pytest.mark.parametrize("name", ["build_shapes", "show_shapes"])
+def test_help_is_there(name):
+    result = run(f"pipelines.{name}", "--help")
+    assert result.returncode == 0
+    assert "usage: python -m pipelines." in result.stdout
+
+
+def test_an_unknown_stage_is_named_before_anything_starts():
+    result = run("pipelines.build_shapes", "bse")
+    assert result.returncode == 2
+    assert "unknown stage 'bse': the stages are autoencoder, base, reward, judge, measure" in result.stderr
+
+
+def test_a_stage_says_which_stage_it_needs(tmp_path):
+    result = run("pipelines.build_shapes", "base", "--work", str(tmp_path))
+    assert result.returncode == 1
+    assert "base needs what an earlier stage makes" in result.stderr
+
+
+def test_a_start_without_a_pipeline_is_refused(tmp_path):
+    result = run("pipelines.build_shapes", "base", "--start", str(tmp_path))
+    assert result.returncode == 2
+    assert "there is no pipeline in that folder" in result.stderr
+
+
+def test_the_contact_sheet_of_a_missing_model_is_refused(tmp_path):
+    result = run("pipelines.show_shapes", "--models", str(tmp_path))
+    assert result.returncode == 1
+    assert "no pipeline in" in result.stderr
+
+
+def test_the_contact_sheet_is_written(tmp_path):
+    result = run("pipelines.show_shapes", "--output", str(tmp_path / "sheet.png"))
+    assert result.returncode == 0, result.stderr
+    assert "attribute_binding" in result.stdout
+    with Image.open(tmp_path / "sheet.png") as page:
+        assert page.width > 1000
+        assert page.height > 2000
