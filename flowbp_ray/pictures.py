@@ -29,12 +29,12 @@ class Row:
 
 
 def sheet(title: str, rows: Sequence[Row], side: int = 128) -> Image.Image:
-    """All rows on one picture; every cell's picture is ``side`` pixels wide, its caption wraps over two lines."""
+    """All rows on one picture; every cell's picture is ``side`` pixels wide, its caption wraps over three lines."""
     if not rows or not any(r.cells for r in rows):
         raise ValueError("a contact sheet needs at least one row with one picture")
     font, bold = ImageFont.load_default(TEXT), ImageFont.load_default(TEXT + 3)
     columns = max(len(r.cells) for r in rows)
-    cell_height = side + 3 * LINE + PAD
+    cell_height = side + 4 * LINE + PAD
     width = columns * (side + PAD) + PAD
     height = 3 * LINE + sum(2 * LINE + cell_height for _ in rows)
     page = Image.new("RGB", (width, height), PAPER)
@@ -47,7 +47,7 @@ def sheet(title: str, rows: Sequence[Row], side: int = 128) -> Image.Image:
             x, y = PAD + column * (side + PAD), top + int(1.5 * LINE)
             page.paste(Image.fromarray(cell.picture).resize((side, side), Image.Resampling.BICUBIC), (x, y))
             pen.rectangle((x, y, x + side, y + side), outline="#d0d0d0")
-            lines = wrap(cell.caption, font, side)[:2]
+            lines = wrap(cell.caption, font, side)[:3]
             for i, line in enumerate(lines):
                 pen.text((x, y + side + 3 + i * LINE), line, fill=FAINT, font=font)
             if cell.verdict:

@@ -32,9 +32,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path(".build/shapes"), help="checkpoints and logs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--start",
-        type=Path,
-        help="a finished pipeline to train the base further from, with its autoencoder; give another --seed for other drawings",
+        "--further",
+        action="store_true",
+        help="train base, reward or judge further from the finished ones in --target; give another --seed for other drawings",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
     parser.add_argument(
@@ -44,8 +44,8 @@ def arguments() -> argparse.Namespace:
         "--workers", type=int, default=0, help="drawing processes, for a GPU to be kept busy (default: %(default)s)"
     )
     args = parser.parse_args()
-    if args.start is not None and not (args.start / "model_index.json").exists():
-        parser.error(f"--start {args.start}: there is no pipeline in that folder (no model_index.json)")
+    if args.further and not {"base", "reward", "judge"} >= set(args.stages or STAGES):
+        parser.error("--further is for the stages base, reward and judge: name those of them that are to go on")
     if unknown := [s for s in args.stages if s not in STAGES]:
         parser.error(f"unknown stage {unknown[0]!r}: the stages are {', '.join(STAGES)}")
     return args
@@ -63,37 +63,30 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     work, target = args.work, args.target
     common = {"device": args.device, "workers": args.workers}
-    vae, measured = work / "autoencoder" / "vae", target / "measured.json"
-    preferences = partial(preference_model.build, **common)
+    measured = target / "measured.json"
+    vae = target / "base" / "vae" if args.further else work / "autoencoder" / "vae"
+    preferences = partial(preference_model.build, further=args.further, **common)
     builds: dict[str, Callable[[], None]] = {
-        "autoencoder": partial(autoencoder.build, work / "autoencoder", vae, seed=args.seed, **common),
-        "base": partial(
-            base.build,
-            work / "base",
-            vae if args.start is None else args.start / "vae",
-            target / "base",
-            start=args.start,
-            seed=args.seed + 3,
-            **common,
-        ),
+        "autoencoder": partial(autoencoder.build, work / "autoencoder", work / "autoencoder" / "vae", seed=args.seed, **common),
+        "base": partial(base.build, work / "base", target / "base", vae, args.further, seed=args.seed + 3, **common),
         "reward": partial(preferences, work / "reward", target / "reward", preference_model.REWARD, seed=args.seed + 1),
         "judge": partial(preferences, work / "judge", target / "judge", preference_model.JUDGE, seed=args.seed + 2),
         "measure": partial(measure.measure, work, target, measured, args.device),
     }
-    needs = {
-        "base": [] if args.start is not None else [vae / "config.json"],
-        "measure": [target / name / "config.json" for name in ("reward", "judge")] + [target / "base" / "model_index.json"],
-    }
+    finished = {"base": target / "base" / "model_index.json"} | {n: target / n / "config.json" for n in ("reward", "judge")}
+    needs = {"base": [vae / "config.json"], "measure": list(finished.values())}
+    if args.further:
+        needs |= {name: [file] for name, file in finished.items()}
     for stage in args.stages or STAGES:
         done = work / stage / "done"
         if done.exists():
-            print(f"{stage}: finished earlier; remove {done} to run it again")
+            print(f"{stage}: finished earlier; remove {work / stage} to run it again")
             continue
         if missing := [f for f in needs.get(stage, []) if not f.exists()]:
             sys.exit(f"{stage} needs what an earlier stage makes, {missing[0]}: run the stages in order, or all")
         builds[stage]()
         if stage != "measure":
-            measure.forget(measured, stage, further=stage == "base" and args.start is not None)
+            measure.forget(measured, stage, further=args.further)
             (work / "measure" / "done").unlink(missing_ok=True)
         done.parent.mkdir(parents=True, exist_ok=True)
         done.touch()

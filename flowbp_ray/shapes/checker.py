@@ -124,7 +124,7 @@ def check(picture: np.ndarray, caption: str | Spec) -> Verdict:
     for thing in things:
         if thing.shape is None or thing.colour is None:
             what = "shape" if thing.shape is None else "colour"
-            return Verdict(False, f"a thing of no known {what}")
+            return Verdict(False, f"unknown {what}")
     wanted = sum(n.count for n in spec.nouns)
     if len(things) != wanted:
         return Verdict(False, f"{len(things)} things instead of {wanted}")

@@ -30,10 +30,13 @@ def test_a_stage_says_which_stage_it_needs(tmp_path):
     assert "base needs what an earlier stage makes" in result.stderr
 
 
-def test_a_start_without_a_pipeline_is_refused(tmp_path):
-    result = run("pipelines.build_shapes", "base", "--start", str(tmp_path))
+def test_nothing_to_go_on_from_is_refused(tmp_path):
+    result = run("pipelines.build_shapes", "base", "--further", "--target", str(tmp_path), "--work", str(tmp_path))
+    assert result.returncode == 1
+    assert "base needs what an earlier stage makes" in result.stderr
+    result = run("pipelines.build_shapes", "measure", "--further")
     assert result.returncode == 2
-    assert "there is no pipeline in that folder" in result.stderr
+    assert "--further is for the stages base, reward and judge" in result.stderr
 
 
 def test_the_contact_sheet_of_a_missing_model_is_refused(tmp_path):

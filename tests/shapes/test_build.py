@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -27,9 +28,11 @@ def built(tmp_path_factory):
         patch.setattr(base, "BANK", 100)
         patch.setattr(loop, "LOG_EVERY", 2)
         autoencoder.build(work / "autoencoder", work / "autoencoder" / "vae", seed=0, **COMMON)
-        base.build(work / "base", work / "autoencoder" / "vae", models / "base", start=None, seed=0, **COMMON)
+        base.build(work / "base", models / "base", work / "autoencoder" / "vae", False, seed=0, **COMMON)
         for name, size in (("reward", preference_model.REWARD), ("judge", preference_model.JUDGE)):
-            preference_model.build(work / name, models / name, dataclasses.replace(size, steps=10), seed=0, **COMMON)
+            preference_model.build(
+                work / name, models / name, dataclasses.replace(size, steps=10), further=False, seed=0, **COMMON
+            )
     return work, models
 
 
@@ -75,6 +78,17 @@ def test_the_card_states_every_figure_that_was_measured(built, tmp_path, monkeyp
     assert left["earlier_base"]["steps"] == 10
     assert "comparisons_judge" in left
     assert not {"six_tasks", "guidance_1.0", "training_base", "parameters"} & set(left)
+
+
+def test_a_preference_model_goes_on_from_the_finished_one(built, tmp_path, monkeypatch):
+    target = tmp_path / "judge"
+    shutil.copytree(built[1] / "judge", target)
+    monkeypatch.setattr(preference_model, "SCHEDULE", dataclasses.replace(preference_model.SCHEDULE, learning_rate=1e-9))
+    size = dataclasses.replace(preference_model.JUDGE, steps=2)
+    preference_model.build(tmp_path / "work", target, size, further=True, seed=5, **COMMON)
+    before, after = (CLIPModel.from_pretrained(f, dtype=torch.float32) for f in (built[1] / "judge", target))
+    for one, other in zip(before.parameters(), after.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
 
 
 def test_training_goes_on_from_a_finished_pipeline(built):

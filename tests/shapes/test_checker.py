@@ -62,12 +62,12 @@ def test_a_noun_without_colour_leaves_the_coloured_thing_to_the_noun_that_names_
 
 def test_blobs_stretched_shapes_and_foreign_colours_are_no_things_of_the_world():
     blob = np.clip(coverage("square", 30, 30, 12, 4, 64) + coverage("circle", 36, 36, 9, 9), 0, 1)
-    assert check(paint([blob], ["red"]), "a red circle").reason == "a thing of no known shape"
+    assert check(paint([blob], ["red"]), "a red circle").reason == "unknown shape"
     stretched = paint([coverage("circle", 32, 32, 20, 11)], ["red"])
-    assert check(stretched, "a red circle").reason == "a thing of no known shape"
+    assert check(stretched, "a red circle").reason == "unknown shape"
     grey = draw((Thing("circle", "red", 32, 32, 12),))
     grey[(grey != grey[0, 0]).any(-1)] = 90
-    assert check(grey, "a circle").reason == "a thing of no known colour"
+    assert check(grey, "a circle").reason == "unknown colour"
 
 
 def test_an_empty_picture_shows_nothing():

@@ -207,18 +207,18 @@ def start_from(model: Encoders, pipeline: Path) -> None:
         part.load_state_dict(finished.components[name].state_dict())
 
 
-def build(work: Path, autoencoder: Path, target: Path, *, start: Path | None, seed: int, device: str, workers: int) -> None:
+def build(work: Path, target: Path, autoencoder: Path, further: bool, *, seed: int, device: str, workers: int) -> None:
     """Train the base model on the finished autoencoder's latents and save the pipeline to ``target``.
 
-    ``start`` is a finished pipeline to go on from, with the autoencoder that it was trained with.
+    ``further`` goes on from the pipeline that is there.
     """
     torch.manual_seed(seed)
     vae = AutoencoderKL.from_pretrained(autoencoder)
     latents, specs = encode_bank(vae, work, seed, device)
     tokenizers = clip_tokenizer(), t5_tokenizer()
     model = Encoders(*tokenizers)
-    if start is not None:
-        start_from(model, start)
+    if further:
+        start_from(model, target)
     averaged = train(
         model,
         Captioned(latents, specs, tokenizers, seed, SCHEDULE.batch),

@@ -39,14 +39,17 @@ SCHEDULE = Schedule(steps=REWARD.steps, batch=24, learning_rate=1e-3, decay=0.6)
 
 
 class Comparisons(Dataset):
-    """Fresh comparisons of one side of the split, a batch for every step number."""
+    """Fresh comparisons of training captions, a batch for every step number.
 
-    def __init__(self, tokenizer: CLIPTokenizer, seed: int, batch: int, steps: int, split: str = "training") -> None:
-        self.tokenizer, self.seed, self.batch, self.steps, self.split = tokenizer, seed, batch, steps, split
+    The contrastive loss fades out over the first ``contrastive`` steps.
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer, seed: int, batch: int, contrastive: int) -> None:
+        self.tokenizer, self.seed, self.batch, self.contrastive = tokenizer, seed, batch, contrastive
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([self.seed, step])
-        pairs = [random_pair(self.split, rng) for _ in range(self.batch)]
+        pairs = [random_pair("training", rng) for _ in range(self.batch)]
         texts = [p.caption for p in pairs] + [p.worse_caption or p.caption for p in pairs]
         pictures = np.stack([p.better for p in pairs] + [p.worse for p in pairs]).astype(np.float32) / 255
         # Light noise on both: what is compared is the content, and decoded pictures are never this clean.
@@ -55,7 +58,7 @@ class Comparisons(Dataset):
             "input_ids": self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids,
             "pictures": torch.from_numpy(pictures).permute(0, 3, 1, 2).float(),
             "changed": torch.tensor([p.worse_caption is not None for p in pairs]),
-            "contrast": torch.tensor(max(0.0, 1 - 2 * step / self.steps)),
+            "contrast": torch.tensor(max(0.0, 1 - step / self.contrastive) if self.contrastive else 0.0),
         }
 
 
@@ -106,13 +109,19 @@ def loss(model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator)
     return value, {"right": (better > 0).float().mean().item(), "scale": model.logit_scale.exp().item()}
 
 
-def build(work: Path, target: Path, size: Size, *, seed: int, device: str, workers: int) -> None:
-    """Train one preference model and save it in float16 with its tokenizer and processor to ``target``."""
+def build(work: Path, target: Path, size: Size, *, further: bool, seed: int, device: str, workers: int) -> None:
+    """Train one preference model and save it in float16 with its tokenizer and processor to ``target``.
+
+    ``further`` goes on from the one that is there, by comparisons alone.
+    """
     torch.manual_seed(seed)
     tokenizer = clip_tokenizer()
     schedule = replace(SCHEDULE, steps=size.steps)
-    data = Comparisons(tokenizer, seed, schedule.batch, schedule.steps)
-    averaged = train(new_clip(size, tokenizer), data, loss, schedule, work, seed=seed, device=device, workers=workers)
+    data = Comparisons(tokenizer, seed, schedule.batch, 0 if further else schedule.steps // 2)
+    model = new_clip(size, tokenizer)
+    if further:
+        model.load_state_dict(CLIPModel.from_pretrained(target, dtype=torch.float32).state_dict())
+    averaged = train(model, data, loss, schedule, work, seed=seed, device=device, workers=workers)
     assert isinstance(averaged, CLIPModel)
     averaged.to("cpu").half().save_pretrained(target)
     tokenizer.save_pretrained(target)
