@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def arguments() -> argparse.Namespace:
         action="store_true",
         help="train base, reward or judge further from the finished ones in --target; give another --seed for other drawings",
     )
+    parser.add_argument("--steps", type=int, help="training steps of the stages named, if not their own number")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
     parser.add_argument(
         "--threads", type=int, default=1, help="of this process; one process a core is fastest (default: %(default)s)"
@@ -44,6 +46,8 @@ def arguments() -> argparse.Namespace:
         "--workers", type=int, default=0, help="drawing processes, for a GPU to be kept busy (default: %(default)s)"
     )
     args = parser.parse_args()
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps {args.steps}: at least one step is needed")
     if args.further and not {"base", "reward", "judge"} >= set(args.stages or STAGES):
         parser.error("--further is for the stages base, reward and judge: name those of them that are to go on")
     if unknown := [s for s in args.stages if s not in STAGES]:
@@ -66,11 +70,14 @@ def main() -> None:
     measured = target / "measured.json"
     vae = target / "base" / "vae" if args.further else work / "autoencoder" / "vae"
     preferences = partial(preference_model.build, further=args.further, **common)
+    steps = {} if args.steps is None else {"steps": args.steps}
+    reward, judge = replace(preference_model.REWARD, **steps), replace(preference_model.JUDGE, **steps)
+    autoencoder.SCHEDULE, base.SCHEDULE = replace(autoencoder.SCHEDULE, **steps), replace(base.SCHEDULE, **steps)
     builds: dict[str, Callable[[], None]] = {
         "autoencoder": partial(autoencoder.build, work / "autoencoder", work / "autoencoder" / "vae", seed=args.seed, **common),
         "base": partial(base.build, work / "base", target / "base", vae, args.further, seed=args.seed + 3, **common),
-        "reward": partial(preferences, work / "reward", target / "reward", preference_model.REWARD, seed=args.seed + 1),
-        "judge": partial(preferences, work / "judge", target / "judge", preference_model.JUDGE, seed=args.seed + 2),
+        "reward": partial(preferences, work / "reward", target / "reward", reward, seed=args.seed + 1),
+        "judge": partial(preferences, work / "judge", target / "judge", judge, seed=args.seed + 2),
         "measure": partial(measure.measure, work, target, measured, args.device),
     }
     finished = {"base": target / "base" / "model_index.json"} | {n: target / n / "config.json" for n in ("reward", "judge")}
