@@ -32,6 +32,7 @@ check: .venv/ready ## ruff and mypy
 	$(BIN)/mypy
 
 ui: .venv/ready ## the MLflow UI on this machine's runs
+	mkdir -p $$HOME/.flowbp_ray
 	$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$$HOME/.flowbp_ray/mlflow.db}"
 
 clean: ## remove .venv and everything built; keeps the committed models
