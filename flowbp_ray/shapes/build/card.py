@@ -40,11 +40,10 @@ def card(figures: dict) -> str:
         ]
         for name, s in schedules.items()
     ]
-    if "earlier_base" in figures:
-        earlier = figures["earlier_base"]
-        training.append(
-            ["base, before that", str(earlier["steps"]), str(base.SCHEDULE.batch), "", "", f"{earlier['minutes']:.0f}"]
-        )
+    for name, s in schedules.items():
+        if earlier := figures.get(f"earlier_{name}"):
+            row = [str(earlier["steps"]), str(s.batch), f"{s.learning_rate:g}", str(s.average), f"{earlier['minutes']:.0f}"]
+            training.append([f"{name}, before that", *row])
     checker = figures["checker"]
     sweep = [
         [
