@@ -61,7 +61,7 @@ def card(figures: dict) -> str:
     weak = f"Below 85 % on a stated attribute: **{', '.join(low)}**." if low else "Every stated attribute is at 85 % or above."
     return f"""# The embedded default's models
 
-Trained from nothing on drawings of the shapes world by `python -m pipelines.build_shapes` (seed 0), which also
+Trained from nothing on drawings of the shapes world by `python -m pipelines.build_shapes` (seed 0; another one where a part was trained further), which also
 measured every figure here and wrote this card; `measured.json` holds the raw figures. Apache-2.0, as the code.
 No outside data, pictures or weights went in.
 
