@@ -23,11 +23,12 @@ def tiny_pipeline(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("pipeline")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, vae = base.Encoders(base.clip_tokenizer(), base.t5_tokenizer()), new_autoencoder()
+        tokenizers = base.clip_tokenizer(), base.t5_tokenizer()
+        model, vae = base.Encoders(*tokenizers), new_autoencoder()
         for parameter in model.transformer.parameters():  # its start is the identity, and no test of anything
             torch.nn.init.normal_(parameter, std=0.1)
     vae.register_to_config(shift_factor=0.1, scaling_factor=1.3)
-    base.save_pipeline(model, vae, path)
+    base.save_pipeline(model, vae, tokenizers, path)
     scheduler = path / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"shift": request.param}))
     return path
@@ -68,3 +69,16 @@ def plain_diffusers(tmp_path):
         return torch.from_numpy(np.load(output)).permute(0, 3, 1, 2)
 
     return sample
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """One real local Ray cluster for the whole session, with more logical CPUs than this machine may have."""
+    import ray
+    from ray import serve
+
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+    serve.start(proxy_location="Disabled")  # nothing is asked over HTTP, and on two busy cores the proxy starts too late
+    yield
+    serve.shutdown()
+    ray.shutdown()

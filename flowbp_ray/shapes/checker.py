@@ -17,7 +17,7 @@ from flowbp_ray.shapes.world import BACKGROUND, COLOURS, SHAPES, SIZE, Spec, cov
 MIN_AREA = 16.0  # pixels; the smallest thing drawn covers about 98, a speck below this is no thing
 MIN_OVERLAP = 0.74  # intersection over union with the best shape's drawing
 MAX_COLOUR_ERROR = 0.30  # distance of a thing's median colour from the palette's, RGB in 0…1
-MAX_ASPECT = 1.4  # longer side over shorter side of a thing's box
+MAX_ASPECT = 1.25  # longer side over shorter side of a thing's box
 
 
 @dataclass(frozen=True)

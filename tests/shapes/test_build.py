@@ -92,16 +92,16 @@ def test_a_preference_model_goes_on_from_the_finished_one(built, tmp_path, monke
 
 
 def test_training_goes_on_from_a_finished_pipeline(built):
-    model = base.Encoders(base.clip_tokenizer(), base.t5_tokenizer())
-    base.start_from(model, built[1] / "base")
     finished = StableDiffusion3Pipeline.from_pretrained(built[1] / "base", dtype=torch.float32)
+    model = base.Encoders(finished.tokenizer, finished.tokenizer_3)
+    base.start_from(model, finished)
     for name in ("transformer", "text_encoder", "text_encoder_3"):
         for one, other in zip(getattr(model, name).parameters(), finished.components[name].parameters(), strict=True):
             assert torch.equal(one, other)
 
 
-def tiny_run(work, steps_then, resumes):
-    """A linear model on random data: run to each step of ``resumes`` in turn, then return the weights."""
+def tiny_run(work, steps_then, resumes, muon=False):
+    """Two linear layers on random data: run to each step of ``resumes`` in turn, then return the weights."""
 
     class Numbers(torch.utils.data.Dataset):
         def __getitem__(self, step):
@@ -113,16 +113,34 @@ def tiny_run(work, steps_then, resumes):
 
     for stop in (*resumes, None):
         torch.manual_seed(1)
-        schedule = loop.Schedule(steps=steps_then, batch=4, learning_rate=0.1, warmup=2, average=0.9)
-        model = loop.train(torch.nn.Linear(3, 1), Numbers(), loss, schedule, work, seed=0, stop_after=stop, **COMMON)
+        layers = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1))
+        schedule = loop.Schedule(steps=steps_then, batch=4, learning_rate=0.1, warmup=2, average=0.9, muon=muon)
+        model = loop.train(layers, Numbers(), loss, schedule, work, seed=0, stop_after=stop, **COMMON)
     return torch.cat([p.flatten() for p in model.parameters()])
 
 
-def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
-    whole = tiny_run(tmp_path / "whole", 20, [])
-    parts = tiny_run(tmp_path / "parts", 20, [3, 11, 19])
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path, muon):
+    whole = tiny_run(tmp_path / "whole", 20, [], muon)
+    parts = tiny_run(tmp_path / "parts", 20, [3, 11, 19], muon)
     assert torch.equal(whole, parts)
-    assert not torch.equal(whole, tiny_run(tmp_path / "shorter", 19, []))
+    assert not torch.equal(whole, tiny_run(tmp_path / "shorter", 19, [], muon))
+    assert not torch.equal(whole, tiny_run(tmp_path / "other", 20, [], not muon))
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else():
+    model = base.Encoders(base.clip_tokenizer(), base.t5_tokenizer())
+    adam, muon = loop.optimizers(model, base.SCHEDULE)
+    names = {id(p): name for name, p in model.named_parameters()}
+    taken, left = ({names[id(p)] for o in (optimizer,) for p in o.param_groups[0]["params"]} for optimizer in (muon, adam))
+    assert taken | left == set(names.values())
+    assert not taken & left
+    assert "transformer.transformer_blocks.0.attn.to_q.weight" in taken
+    assert not [n for n in taken if "embed" in n or "relative_attention_bias" in n or n.endswith("bias")]
+
+
+def test_the_vocabulary_is_the_same_each_time():
+    assert len({tuple(sorted(base.clip_tokenizer().get_vocab().items())) for _ in range(10)}) == 1
 
 
 def test_a_gradient_that_is_not_finite_stops_the_stage(tmp_path):

@@ -29,12 +29,16 @@ from flowbp_ray.shapes.captions import is_evaluation, wordings, wrong_in_one
 from flowbp_ray.shapes.preferences import random_caption
 from flowbp_ray.shapes.world import Spec, draw, lay_out
 
-SCHEDULE = Schedule(steps=12_000, batch=32, learning_rate=2e-3, decay=0.9, average=0.999)
+SCHEDULE = Schedule(steps=28_000, batch=32, learning_rate=2e-3, decay=0.9, average=0.9995, muon=True)
 BANK = 40_000  # drawings, encoded once
 WRONG_CAPTIONS, NO_CAPTIONS = 0.1, 0.1  # shares; no caption is what guidance steers away from
 HEADS, HEAD_WIDTH, LAYERS = 4, 32, 4
 CLIP_WIDTH, T5_WIDTH = 64, 128
-SHIFT = 1.0
+#: Of the noise levels, in training and sampling. A picture's content is settled above sigma = 2/3: of pictures noised to
+#: that level 96 % come back right, from 0.92 only 38 %; without the shift three quarters of the training would be below it.
+SHIFT = 3.0
+
+Tokenizers = tuple[CLIPTokenizer, T5Tokenizer]
 
 
 class Encoders(nn.Module):
@@ -119,9 +123,7 @@ class Encoders(nn.Module):
 class Captioned(Dataset):
     """Captioned latents from the bank, a batch for every step number."""
 
-    def __init__(
-        self, latents: Tensor, specs: list[Spec], tokenizers: tuple[CLIPTokenizer, T5Tokenizer], seed: int, batch: int
-    ) -> None:
+    def __init__(self, latents: Tensor, specs: list[Spec], tokenizers: Tokenizers, seed: int, batch: int) -> None:
         self.latents, self.specs, self.tokenizers, self.seed, self.batch = latents, specs, tokenizers, seed, batch
         self.ids = cache(self._ids)
 
@@ -155,10 +157,11 @@ def caption(spec: Spec, rng: np.random.Generator) -> str:
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-    """Flow matching: squared error of the velocity, sigma logit-normal (as SD3 was trained)."""
+    """Flow matching: squared error of the velocity, sigma logit-normal and shifted (as SD3 was trained)."""
     latents = batch["latents"]
     noise = torch.randn(latents.shape, generator=generator, device=latents.device)
     sigmas = torch.randn(len(latents), generator=generator, device=latents.device).sigmoid()
+    sigmas = SHIFT * sigmas / (1 + (SHIFT - 1) * sigmas)
     at = sigmas.view(-1, 1, 1, 1)
     velocity = model((1 - at) * latents + at * noise, sigmas, batch["clip_ids"], batch["t5_ids"])
     return F.mse_loss(velocity, noise - latents), {}
@@ -185,7 +188,7 @@ def encode_bank(vae: AutoencoderKL, work: Path, seed: int, device: str) -> tuple
     return torch.cat(latents), specs
 
 
-def save_pipeline(model: Encoders, vae: AutoencoderKL, target: Path) -> None:
+def save_pipeline(model: Encoders, vae: AutoencoderKL, tokenizers: Tokenizers, target: Path) -> None:
     """Put the parts together as a StableDiffusion3Pipeline and save it in float16."""
     StableDiffusion3Pipeline(
         transformer=model.transformer.cpu(),
@@ -193,16 +196,15 @@ def save_pipeline(model: Encoders, vae: AutoencoderKL, target: Path) -> None:
         text_encoder=model.text_encoder.cpu(),
         text_encoder_2=model.text_encoder_2.cpu(),
         text_encoder_3=model.text_encoder_3.cpu(),
-        tokenizer=clip_tokenizer(),
-        tokenizer_2=clip_tokenizer(),
-        tokenizer_3=t5_tokenizer(),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[0],
+        tokenizer_3=tokenizers[1],
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
     ).to(dtype=torch.float16).save_pretrained(target)
 
 
-def start_from(model: Encoders, pipeline: Path) -> None:
+def start_from(model: Encoders, finished: StableDiffusion3Pipeline) -> None:
     """Take the weights of a finished pipeline, so that more training goes on from there."""
-    finished = StableDiffusion3Pipeline.from_pretrained(pipeline, dtype=torch.float32)
     for name, part in model.named_children():
         part.load_state_dict(finished.components[name].state_dict())
 
@@ -215,10 +217,11 @@ def build(work: Path, target: Path, autoencoder: Path, further: bool, *, seed: i
     torch.manual_seed(seed)
     vae = AutoencoderKL.from_pretrained(autoencoder)
     latents, specs = encode_bank(vae, work, seed, device)
-    tokenizers = clip_tokenizer(), t5_tokenizer()
+    finished = StableDiffusion3Pipeline.from_pretrained(target, dtype=torch.float32) if further else None
+    tokenizers = (finished.tokenizer, finished.tokenizer_3) if finished else (clip_tokenizer(), t5_tokenizer())
     model = Encoders(*tokenizers)
-    if further:
-        start_from(model, target)
+    if finished:
+        start_from(model, finished)
     averaged = train(
         model,
         Captioned(latents, specs, tokenizers, seed, SCHEDULE.batch),
@@ -230,4 +233,4 @@ def build(work: Path, target: Path, autoencoder: Path, further: bool, *, seed: i
         workers=workers,
     )
     assert isinstance(averaged, Encoders)
-    save_pipeline(averaged, vae, target)
+    save_pipeline(averaged, vae, tokenizers, target)

@@ -72,7 +72,8 @@ No outside data, pictures or weights went in.
 | `judge/` | `CLIPModel` of another width, seed and data, never optimised against | {figures["parameters"]["judge"]:,} |
 
 All weights are float16 on disk; load them in float32 on a CPU. Text lengths are 16 (CLIP) and 8 (T5) tokens, so call
-the pipeline with `max_sequence_length=8`. It samples on `sigmas=numpy.linspace(1, 1/{STEPS}, {STEPS})` with {STEPS} steps;
+the pipeline with `max_sequence_length=8`. It samples on `sigmas=numpy.linspace(1, 1/{STEPS}, {STEPS})` (which its
+scheduler shifts) with {STEPS} steps;
 its own best guidance is **{best:g}**.
 
 ## Data
@@ -85,8 +86,9 @@ to mend. Evaluation captions are in no training set (`tests/shapes/test_captions
 
 {table(["part", "steps", "batch", "learning rate", "weights averaged", "minutes, one CPU core"], training)}
 
-AdamW throughout. The base and its text encoders are trained together on {base.BANK:,} drawings encoded once; the other parts see a
-fresh drawing every time. A batch of the preference models is comparisons, that is, two pictures each.
+AdamW; the base's stacked matrices with Muon. Its noise levels are shifted by {base.SHIFT:g}, in training and in its scheduler
+(its first 12,000 steps were AdamW's alone, without the shift). The base and its text encoders are trained together on {base.BANK:,}
+drawings encoded once; the other parts see a fresh drawing every time. A batch of the preference models is comparisons, that is, two pictures each.
 
 ## The checker
 

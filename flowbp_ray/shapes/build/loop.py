@@ -1,4 +1,4 @@
-"""The one training loop of all stages: data by step number, AdamW, averaged weights, exact resume."""
+"""The one training loop of all stages: data by step number, AdamW or Muon, averaged weights, exact resume."""
 
 import json
 import time
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
@@ -28,11 +29,26 @@ class Schedule:
     decay: float = 0.3
     weight_decay: float = 0.01
     average: float = 0.999
+    muon: bool = False  # for the matrices of stacked layers; everything else is always AdamW's
 
     def factor(self, step: int) -> float:
         """Learning rate of a step as a share of the highest."""
         rest = (self.steps - step) / max(self.decay * self.steps, 1)
         return min(1.0, (step + 1) / self.warmup, rest)
+
+
+def optimizers(model: nn.Module, schedule: Schedule) -> list[Optimizer]:
+    """AdamW for all parameters; with ``schedule.muon`` the linear layers of stacked blocks are Muon's (same learning rate)."""
+    blocks = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(part.isdigit() for part in name.split("."))
+    }
+    hidden = [p for name, p in model.named_parameters() if schedule.muon and name in blocks]
+    rest = [p for name, p in model.named_parameters() if not (schedule.muon and name in blocks)]
+    common = {"lr": schedule.learning_rate, "weight_decay": schedule.weight_decay}
+    made: list[Optimizer] = [AdamW(rest, betas=(0.9, 0.99), **common)]
+    return [*made, Muon(hidden, adjust_lr_fn="match_rms_adamw", **common)] if hidden else made
 
 
 def train(
@@ -56,20 +72,19 @@ def train(
     work.mkdir(parents=True, exist_ok=True)
     model.to(device).train()
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(schedule.average))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=schedule.weight_decay
-    )
-    scheduler = LambdaLR(optimizer, schedule.factor)
+    steppers = optimizers(model, schedule)
+    rates = [LambdaLR(o, schedule.factor) for o in steppers]
+    parts = {"model": model, "averaged": averaged}
+    parts |= {f"optimizer_{i}": o for i, o in enumerate(steppers)} | {f"rate_{i}": r for i, r in enumerate(rates)}
     state_file = work / "state.pt"
     start = 0
     if state_file.exists():
         state = torch.load(state_file, map_location=device, weights_only=True)
         start = state["step"]
-        for name, part in (("model", model), ("averaged", averaged), ("optimizer", optimizer), ("scheduler", scheduler)):
+        for name, part in parts.items():
             part.load_state_dict(state[name])
 
     def save(step: int) -> None:
-        parts = {"model": model, "averaged": averaged, "optimizer": optimizer, "scheduler": scheduler}
         torch.save({"step": step} | {k: p.state_dict() for k, p in parts.items()}, state_file.with_suffix(".tmp"))
         state_file.with_suffix(".tmp").replace(state_file)
 
@@ -80,13 +95,13 @@ def train(
     for step, batch in enumerate(progress, start):
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
         value, figures = loss(model, {k: v.to(device) for k, v in batch.items()}, generator)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         value.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"{work.name}: the gradient of step {step} is not finite; lower the learning rate")
-        optimizer.step()
-        scheduler.step()
+        for stepper in (*steppers, *rates):
+            stepper.step()
         averaged.update_parameters(model)
         if (step + 1) % LOG_EVERY == 0:
             row = {"step": step + 1, "loss": value.item(), "seconds": round(time.perf_counter() - began, 1), **figures}

@@ -93,11 +93,12 @@ def measure_base(backbone: SD3Backbone, guidance_scale: float, per_task: int) ->
 
 def at_80_percent(work: Path, finished: Path, device: str) -> SD3Backbone:
     """The pipeline as it was after four fifths of its training, in the finished one's precision."""
-    model = base.Encoders(base.clip_tokenizer(), base.t5_tokenizer())
+    pipeline = SD3Backbone.from_pretrained(finished).pipeline
+    tokenizers = pipeline.tokenizer, pipeline.tokenizer_3
+    model = base.Encoders(*tokenizers)
     model.load_state_dict(torch.load(work / "at_80_percent.pt", weights_only=True, map_location="cpu"))
-    vae = SD3Backbone.from_pretrained(finished).vae
     with tempfile.TemporaryDirectory() as folder:
-        base.save_pipeline(model, vae, Path(folder))
+        base.save_pipeline(model, pipeline.vae, tokenizers, Path(folder))
         return SD3Backbone.from_pretrained(folder, device=device)
 
 

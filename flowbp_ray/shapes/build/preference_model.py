@@ -115,7 +115,7 @@ def build(work: Path, target: Path, size: Size, *, further: bool, seed: int, dev
     ``further`` goes on from the one that is there, by comparisons alone.
     """
     torch.manual_seed(seed)
-    tokenizer = clip_tokenizer()
+    tokenizer = CLIPTokenizer.from_pretrained(target) if further else clip_tokenizer()
     schedule = replace(SCHEDULE, steps=size.steps)
     data = Comparisons(tokenizer, seed, schedule.batch, 0 if further else schedule.steps // 2)
     model = new_clip(size, tokenizer)

@@ -1,0 +1,70 @@
+"""The reward service: finished latents and prompts in; component scores, objective and its gradient at the latents out.
+
+It holds the decoder and the reward models, so that nobody else needs them: trainers pull its gradient back
+through velocities, samplers only sample. One request is one batch.
+"""
+
+from typing import TypedDict
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from ray import serve
+
+from flowbp_ray.backbones.sd3 import decode
+from flowbp_ray.config import AlignConfig
+from flowbp_ray.rewards.clip import CLIPScore
+from flowbp_ray.rewards.objective import Component, objective
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Scores(TypedDict):
+    """The answer: float32, ``(B,)`` for each component and the objective, ``(B, C, h, w)`` for the gradient."""
+
+    components: dict[str, np.ndarray]
+    objective: np.ndarray
+    gradient: np.ndarray
+
+
+class Rewards:
+    """A replica. All samples of a batch are independent, so batches of any size give the same answers."""
+
+    def __init__(self, config: AlignConfig) -> None:
+        torch.set_num_threads(config.cluster.threads)
+        device = "cuda" if config.cluster.reward_gpus else "cpu"
+        self.vae = AutoencoderKL.from_pretrained(
+            config.model.source, subfolder="vae", revision=config.model.revision, torch_dtype=DTYPES[config.model.dtype]
+        )
+        self.vae.requires_grad_(False).eval().to(device)
+        self.components = [Component(c.name, CLIPScore(c.source).to(device), c.weight, c.clip) for c in config.reward.components]
+
+    def score(self, latents: np.ndarray, prompts: list[str]) -> Scores:
+        """Decode ``latents (B, C, h, w)``, score, and differentiate the objective.
+
+        ValueError for a shape that the decoder does not take; DeadRewardError, naming the component and the prompts, where
+        a score or the gradient is not finite.
+        """
+        channels = self.vae.config.latent_channels
+        if latents.ndim != 4 or latents.shape[:2] != (len(prompts), channels):
+            raise ValueError(f"latents are {latents.shape}, but {len(prompts)} prompts need ({len(prompts)}, {channels}, h, w)")
+        # Ray hands out read-only arrays that lie in its store.
+        given = torch.from_numpy(latents.astype(np.float32)).to(self.vae.device)
+        scored = objective(given, prompts, lambda x: decode(self.vae, x), self.components)
+        return {
+            "components": {name: values.cpu().numpy() for name, values in scored.components.items()},
+            "objective": scored.objective.cpu().numpy(),
+            "gradient": scored.gradient.cpu().numpy(),
+        }
+
+
+def application(config: AlignConfig) -> serve.Application:
+    """The application of a configuration: its replicas and what each reserves."""
+    cluster = config.cluster
+    deployment = serve.deployment(
+        num_replicas=cluster.reward_replicas,
+        ray_actor_options={"num_cpus": cluster.reward_cpus, "num_gpus": cluster.reward_gpus},
+        # One batch at a time: a second one in the same replica would only share its cores.
+        max_ongoing_requests=1,
+    )
+    return deployment(Rewards).bind(config)

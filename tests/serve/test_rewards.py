@@ -1,0 +1,68 @@
+"""The reward service on a real local Ray cluster, against the same objective in this process."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ray import serve
+
+from flowbp_ray import shapes
+from flowbp_ray.backbones.sd3 import SD3Backbone
+from flowbp_ray.config import load
+from flowbp_ray.rewards.clip import CLIPScore
+from flowbp_ray.rewards.objective import Component, objective
+from serve.rewards import application
+
+PROMPTS = ["a red ring", "three circles", "a blue square left of a cross"]
+CONFIG = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
+
+
+@pytest.fixture(scope="module")
+def service(cluster):
+    overrides = ["cluster.reward_cpus=0.1", "cluster.reward_replicas=2"]
+    handle = serve.run(application(load(CONFIG, overrides)), name="rewards", route_prefix=None)
+    yield handle
+    serve.delete("rewards")
+
+
+@pytest.fixture(scope="module")
+def latents():
+    return np.random.default_rng(0).standard_normal((3, 4, 16, 16)).astype(np.float32)
+
+
+def ask(service, latents, prompts):
+    return service.score.remote(latents, prompts).result(timeout_s=120)
+
+
+def test_the_service_answers_what_the_objective_is_here(service, latents):
+    answer = ask(service, latents, PROMPTS)
+    components = [Component("preference", CLIPScore(shapes.REWARD), 1.0), Component("judge", CLIPScore(shapes.JUDGE), 0.0)]
+    here = objective(torch.from_numpy(latents), PROMPTS, SD3Backbone.from_pretrained(shapes.BASE).decode, components)
+    assert set(answer["components"]) == {"preference", "judge"}
+    for name, values in here.components.items():
+        np.testing.assert_allclose(answer["components"][name], values, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(answer["objective"], here.objective, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(answer["gradient"], here.gradient, rtol=1e-3, atol=1e-5)
+    assert np.abs(answer["gradient"]).max() > 1e-3
+
+
+def test_concurrent_requests_get_their_own_answers(service, latents):
+    alone = [ask(service, latents[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)]
+    pending = [service.score.remote(latents[i % 3 :][:1], PROMPTS[i % 3 :][:1]) for i in range(12)]
+    for i, response in enumerate(pending):
+        answer = response.result(timeout_s=120)
+        np.testing.assert_array_equal(answer["gradient"], alone[i % 3]["gradient"])
+        np.testing.assert_array_equal(answer["objective"], alone[i % 3]["objective"])
+
+
+def test_a_latent_that_is_not_finite_is_an_error_that_names_its_prompt(service, latents):
+    broken = latents.copy()
+    broken[1] = np.nan
+    with pytest.raises(Exception, match=r"the reward 'preference' is not finite for the prompts \['three circles'\]"):
+        ask(service, broken, PROMPTS)
+
+
+def test_a_wrong_shape_is_an_error_that_says_which(service, latents):
+    with pytest.raises(Exception, match=r"latents are \(3, 4, 16, 16\), but 2 prompts need \(2, 4, h, w\)"):
+        ask(service, latents, PROMPTS[:2])
