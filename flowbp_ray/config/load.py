@@ -79,7 +79,13 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what the loader reads."""
+    """Writes what the loader reads; without double quotes YAML's odder line breaks (next line, U+2028) would become others."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 # YAML 1.1, PyYAML's dialect, reads 1e-3 as text. Everybody who writes it means a number.

@@ -124,7 +124,7 @@ class _Dumper(yaml.SafeDumper):
     """Quotes text that is no plain word: ``config.load``, unlike plain YAML, would read 1e-3 as a number."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isidentifier() else "'")
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isidentifier() else '"')
 
 
 _Dumper.add_representer(str, _Dumper.represent_str)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flowbp_ray import shapes
@@ -44,6 +44,8 @@ def test_a_dump_is_complete_and_independent_of_the_working_directory(tmp_path, m
 
 
 @given(st.text(min_size=1), st.floats(0, allow_nan=False, allow_infinity=False))
+@example("\x85", 0.0)
+@example("a\u2028b", 0.0)
 def test_any_text_and_any_number_survives_a_dump(tmp_path_factory, text, number):
     config = load(SPARSE, [])
     tracking = config.tracking.model_copy(update={"run_name": text})
