@@ -132,7 +132,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else():
     model = base.Encoders(base.clip_tokenizer(), base.t5_tokenizer())
     adam, muon = loop.optimizers(model, base.SCHEDULE)
     names = {id(p): name for name, p in model.named_parameters()}
-    taken, left = ({names[id(p)] for o in (optimizer,) for p in o.param_groups[0]["params"]} for optimizer in (muon, adam))
+    taken, left = ({names[id(p)] for p in optimizer.param_groups[0]["params"]} for optimizer in (muon, adam))
     assert taken | left == set(names.values())
     assert not taken & left
     assert "transformer.transformer_blocks.0.attn.to_q.weight" in taken

@@ -34,8 +34,8 @@ BANK = 40_000  # drawings, encoded once
 WRONG_CAPTIONS, NO_CAPTIONS = 0.1, 0.1  # shares; no caption is what guidance steers away from
 HEADS, HEAD_WIDTH, LAYERS = 4, 32, 4
 CLIP_WIDTH, T5_WIDTH = 64, 128
-#: Of the noise levels, in training and sampling. A picture's content is settled above sigma = 2/3: of pictures noised to
-#: that level 96 % come back right, from 0.92 only 38 %; without the shift three quarters of the training would be below it.
+#: Of the noise levels, in training and sampling. What a picture shows is settled at high noise, and without the shift three
+#: quarters of the training would be below sigma = 2/3.
 SHIFT = 3.0
 
 Tokenizers = tuple[CLIPTokenizer, T5Tokenizer]

@@ -42,7 +42,7 @@ def card(figures: dict) -> str:
     ]
     for name, s in schedules.items():
         if earlier := figures.get(f"earlier_{name}"):
-            row = [str(earlier["steps"]), str(s.batch), f"{s.learning_rate:g}", str(s.average), f"{earlier['minutes']:.0f}"]
+            row = [str(earlier["steps"]), str(s.batch), f"{s.learning_rate:g}", "0.999", f"{earlier['minutes']:.0f}"]
             training.append([f"{name}, before that", *row])
     checker = figures["checker"]
     sweep = [
@@ -56,6 +56,7 @@ def card(figures: dict) -> str:
     comparisons = [
         [k, *(f"{100 * figures[f'comparisons_{m}'][k]:.1f}" for m in ("reward", "judge"))] for k in (*KINDS, "overall")
     ]
+    first = " (its first 12,000 steps were AdamW's alone, without the shift)" if "earlier_base" in figures else ""
     trained_out = "" if gained < 2 else ": it is **not trained out**, and `build_shapes base --further` goes on from it"
     low = [f"{m} on {k}" for m in ("reward", "judge") for k in ATTRIBUTES if figures[f"comparisons_{m}"][k] < 0.85]
     weak = f"Below 85 % on a stated attribute: **{', '.join(low)}**." if low else "Every stated attribute is at 85 % or above."
@@ -86,8 +87,8 @@ to mend. Evaluation captions are in no training set (`tests/shapes/test_captions
 
 {table(["part", "steps", "batch", "learning rate", "weights averaged", "minutes, one CPU core"], training)}
 
-AdamW; the base's stacked matrices with Muon. Its noise levels are shifted by {base.SHIFT:g}, in training and in its scheduler
-(its first 12,000 steps were AdamW's alone, without the shift). The base and its text encoders are trained together on {base.BANK:,}
+AdamW; the base's stacked matrices with Muon. Its noise levels are shifted by {base.SHIFT:g}, in training and in its
+scheduler{first}. The base and its text encoders are trained together on {base.BANK:,}
 drawings encoded once; the other parts see a fresh drawing every time. A batch of the preference models is comparisons, that is, two pictures each.
 
 ## The checker
