@@ -1,13 +1,19 @@
-"""Contact sheets: rows of captioned pictures on one PNG, for people who would rather look than read."""
+"""Pictures as arrays, and contact sheets: rows of captioned pictures on one PNG, for people who would rather look than read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 INK, FAINT, GOOD, BAD, PAPER = "#1c1c1c", "#6a6a6a", "#146c2e", "#b3261e", "#ffffff"
 TEXT, LINE, PAD = 11, 15, 8  # pixels
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Pictures ``(B, 3, H, W)`` in 0…1 as uint8 ``(B, H, W, 3)``."""
+    return (images.detach().cpu().permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def main() -> None:
     from flowbp_ray.shapes.build.measure import STEPS, round_trip
     from flowbp_ray.shapes.captions import TASKS, evaluation_prompts
     from flowbp_ray.shapes.checker import check
-    from flowbp_ray.shapes.evaluation import to_uint8
+    from flowbp_ray.pictures import to_uint8
     from flowbp_ray.shapes.preferences import random_caption
     from flowbp_ray.shapes.world import draw, lay_out
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from ray import serve
+from torch import Tensor
 
-from flowbp_ray.backbones.sd3 import decode
+from flowbp_ray.backbones.sd3 import DTYPES, decode
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rewards.clip import CLIPScore
-from flowbp_ray.rewards.objective import Component, objective
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from flowbp_ray.pictures import to_uint8
+from flowbp_ray.rewards.objective import Component, objective, scored
 
 
 class Scores(TypedDict):
@@ -25,6 +25,13 @@ class Scores(TypedDict):
     components: dict[str, np.ndarray]
     objective: np.ndarray
     gradient: np.ndarray
+
+
+class Seen(TypedDict):
+    """What `look` answers: ``components`` ``(B,)`` each, and uint8 ``pictures (B, height, width, 3)``."""
+
+    components: dict[str, np.ndarray]
+    pictures: np.ndarray
 
 
 class Rewards:
@@ -45,17 +52,26 @@ class Rewards:
         ValueError for a shape that the decoder does not take; DeadRewardError, naming the component and the prompts, where
         a score or the gradient is not finite.
         """
+        answer = objective(self._checked(latents, prompts), prompts, lambda x: decode(self.vae, x), self.components)
+        return {
+            "components": {name: values.cpu().numpy() for name, values in answer.components.items()},
+            "objective": answer.objective.cpu().numpy(),
+            "gradient": answer.gradient.cpu().numpy(),
+        }
+
+    @torch.no_grad()
+    def look(self, latents: np.ndarray, prompts: list[str]) -> Seen:
+        """Decode ``latents (B, C, h, w)`` to pictures and score these, without gradient: for evaluation. Errors as `score`'s."""
+        pictures = decode(self.vae, self._checked(latents, prompts))
+        scores = {c.name: scored(c, pictures, prompts).cpu().numpy() for c in self.components}
+        return {"components": scores, "pictures": to_uint8(pictures)}
+
+    def _checked(self, latents: np.ndarray, prompts: list[str]) -> Tensor:
         channels = self.vae.config.latent_channels
         if latents.ndim != 4 or latents.shape[:2] != (len(prompts), channels):
             raise ValueError(f"latents are {latents.shape}, but {len(prompts)} prompts need ({len(prompts)}, {channels}, h, w)")
         # Ray hands out read-only arrays that lie in its store.
-        given = torch.from_numpy(latents.astype(np.float32)).to(self.vae.device)
-        scored = objective(given, prompts, lambda x: decode(self.vae, x), self.components)
-        return {
-            "components": {name: values.cpu().numpy() for name, values in scored.components.items()},
-            "objective": scored.objective.cpu().numpy(),
-            "gradient": scored.gradient.cpu().numpy(),
-        }
+        return torch.from_numpy(latents.astype(np.float32)).to(self.vae.device)
 
 
 def application(config: AlignConfig) -> serve.Application:

@@ -16,6 +16,7 @@ LORA_TARGETS = (
     *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj")),
     *(f"{name}.{part}" for name in ("ff", "ff_context") for part in ("net.0.proj", "net.2")),
 )
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 T5_TOKENS = 256  # the stock pipeline's default; a tokenizer that is shorter says so itself
 
 
@@ -55,9 +56,11 @@ class SD3Backbone:
         self.max_sequence_length = min(pipeline.tokenizer_3.model_max_length, T5_TOKENS) if pipeline.tokenizer_3 else T5_TOKENS
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Self:
+    def from_pretrained(
+        cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None
+    ) -> Self:
         """Load a pipeline folder or hub id, without gradients anywhere."""
-        pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype).to(device)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype, revision=revision).to(device)
         for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
             if (part := getattr(pipeline, name)) is not None:
                 part.requires_grad_(False).eval()
@@ -128,20 +131,22 @@ class SD3Backbone:
         return decode(self.vae, latents)
 
     @torch.no_grad()
-    def sample(
-        self,
-        prompts: list[str],
-        seeds: list[int],
-        *,
-        steps: int,
-        guidance_scale: float,
-        height: int,
-        width: int,
+    def sample_latents(
+        self, prompts: list[str], seeds: list[int], *, steps: int, guidance_scale: float, height: int, width: int
     ) -> Tensor:
-        """Pictures ``(B, 3, height, width)`` in 0…1 by Euler's method on this grid, one seed a picture."""
+        """Finished latents ``(B, C, h, w)`` by Euler's method on this grid, one seed a picture."""
         conditioning, negative = self.encode(prompts), self.encode([""])
         latents = self.initial_latents([torch.Generator("cpu").manual_seed(s) for s in seeds], height, width)
         sigmas = self.grid(steps).to(self.device)
         for sigma, following in pairwise(sigmas):
             latents = latents + (following - sigma) * self.velocity(latents, sigma, conditioning, negative, guidance_scale)
-        return self.decode(latents)
+        return latents
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: list[str], seeds: list[int], *, steps: int, guidance_scale: float, height: int, width: int
+    ) -> Tensor:
+        """Pictures ``(B, 3, height, width)`` in 0…1, decoded from `sample_latents`."""
+        return self.decode(
+            self.sample_latents(prompts, seeds, steps=steps, guidance_scale=guidance_scale, height=height, width=width)
+        )

@@ -109,6 +109,14 @@ class AlignConfig(Section):
     output: paths.Folder = Path("~/.flowbp_ray/runs")
     """The folder for checkpoints and exported adapters."""
 
+    def reserved(self) -> dict[str, float]:
+        """CPUs and GPUs that all processes reserve together; one more CPU is for what only waits or passes on."""
+        c, workers = self.cluster, self.train.workers
+        return {
+            "CPU": c.samplers * c.sampler_cpus + workers * c.trainer_cpus + c.reward_replicas * c.reward_cpus + 1,
+            "GPU": c.samplers * c.sampler_gpus + workers * c.trainer_gpus + c.reward_replicas * c.reward_gpus,
+        }
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         train, guidance = self.train, self.sampling.guidance_scale

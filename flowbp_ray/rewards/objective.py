@@ -44,7 +44,7 @@ def objective(latents: Tensor, prompts: list[str], decode: Callable[[Tensor], Te
     inputs = latents.detach().requires_grad_()
     with torch.enable_grad():
         pictures = decode(inputs)
-        scores = {c.name: _scored(c, pictures, prompts) for c in components}
+        scores = {c.name: scored(c, pictures, prompts) for c in components}
         weighted = [c.weight * (scores[c.name] if c.clip is None else scores[c.name].clamp(max=c.clip)) for c in components]
         total = torch.stack(weighted).sum(0)
         (gradient,) = torch.autograd.grad(total.sum(), inputs)
@@ -55,8 +55,9 @@ def objective(latents: Tensor, prompts: list[str], decode: Callable[[Tensor], Te
     return Scored({k: v.detach() for k, v in scores.items()}, total.detach(), gradient)
 
 
-def _scored(component: Component, pictures: Tensor, prompts: list[str]) -> Tensor:
-    with torch.set_grad_enabled(component.weight != 0):
+def scored(component: Component, pictures: Tensor, prompts: list[str]) -> Tensor:
+    """One component's scores ``(B,)``; ValueError for another shape, DeadRewardError where one is not finite."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and component.weight != 0):
         scores = component.score(pictures if component.weight else pictures.detach(), prompts)
     if scores.shape != (len(prompts),):
         raise ValueError(

@@ -19,6 +19,7 @@ TASKS = ("single_object", "two_objects", "counting", "colours", "position", "att
 PREFIXES = ("", "a picture of ", "a drawing of ", "an image of ", "there is ")
 ONE = ("a", "one", "a single")
 NUMBERS = ("one", "two", "three", "four", "five")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 EVALUATION_SHARE = 0.2
 
 _NOUN = rf"(a single|an?|{'|'.join(NUMBERS)}) (?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})(?:s|es)?"
@@ -118,10 +119,19 @@ def prompts(task: str, split: str) -> list[str]:
 
 def evaluation_prompts(per_task: int, seed: int = 0) -> dict[str, list[str]]:
     """``per_task`` evaluation captions for each task, drawn evenly (each is used once before any is used twice)."""
+    return _drawn("evaluation", per_task, seed)
+
+
+def training_prompts(per_task: int = 500) -> list[str]:
+    """``per_task`` training captions for each task, drawn evenly: each task has its share, however many captions it has."""
+    return [text for texts in _drawn("training", per_task, 0).values() for text in texts]
+
+
+def _drawn(split: str, per_task: int, seed: int) -> dict[str, list[str]]:
     chosen = {}
     for number, task in enumerate(TASKS):
         rng = np.random.default_rng([seed, number])
-        pool = prompts(task, "evaluation")
+        pool = prompts(task, split)
         rounds = [rng.permutation(len(pool)) for _ in range(-(-per_task // len(pool)))]
         chosen[task] = [pool[i] for i in np.concatenate(rounds)[:per_task]]
     return chosen
@@ -163,6 +173,7 @@ def wrong_in_one(spec: Spec, rng: np.random.Generator, kinds: tuple[str, ...] | 
         case "binding":
             a, b = nouns
             nouns = [Noun(a.shape, b.colour, a.count), Noun(b.shape, a.colour, b.count)]
-        case "place":
-            return Spec(tuple(nouns), other(RELATIONS, spec.relation)), kind
+        case "place":  # the opposite half of the time: that is the harder one to see
+            opposite = OPPOSITE[spec.relation or ""]
+            return Spec(tuple(nouns), opposite if rng.random() < 0.5 else other(RELATIONS, spec.relation, opposite)), kind
     return Spec(tuple(nouns), spec.relation), kind

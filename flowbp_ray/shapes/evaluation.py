@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from flowbp_ray.pictures import to_uint8
 from flowbp_ray.shapes.captions import TASKS
 from flowbp_ray.shapes.checker import check
 
@@ -19,11 +20,6 @@ class Score:
 
     def __str__(self) -> str:
         return f"{100 * self.value:.1f} ± {100 * self.error:.1f} %"
-
-
-def to_uint8(images: Tensor) -> np.ndarray:
-    """Pictures ``(B, 3, H, W)`` in 0…1 as uint8 ``(B, H, W, 3)``."""
-    return (images.detach().cpu().permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
 
 
 def six_tasks(rights: Mapping[str, Sequence[bool]]) -> dict[str, Score]:

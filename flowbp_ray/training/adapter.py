@@ -16,7 +16,9 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from flowbp_ray.backbones.sd3 import SD3Backbone
+from flowbp_ray.backbones.sd3 import DTYPES, LORA_TARGETS, SD3Backbone
+from flowbp_ray.config import AlignConfig
+from flowbp_ray.randomness import seed_of
 
 State = dict[str, Tensor]
 EXPORT_FILE = "pytorch_lora_weights.safetensors"
@@ -36,6 +38,25 @@ def matching(transformer: nn.Module, targets: Sequence[str]) -> list[str]:
             )
         bound.update(hits)
     return sorted(bound)
+
+
+def adapted(config: AlignConfig, device: str) -> SD3Backbone:
+    """The model of a configuration with its trainable adapter: fresh, or the one to start from (whose alpha is its own).
+
+    ValueError where the rank of that one is not the configured one.
+    """
+    backbone = SD3Backbone.from_pretrained(config.model.source, DTYPES[config.model.dtype], device, config.model.revision)
+    adapter = config.adapter
+    if adapter.init_from is None:
+        targets = LORA_TARGETS if adapter.targets is None else adapter.targets
+        seed = seed_of(config.train.seed, 0, 0, "adapter")
+        add_adapter(backbone, rank=adapter.rank, alpha=adapter.alpha, targets=targets, seed=seed)
+        return backbone
+    load_export(backbone, adapter.init_from)
+    rank = backbone.transformer.peft_config["default"].r
+    if rank != adapter.rank:
+        raise ValueError(f"the adapter in {adapter.init_from} has rank {rank}, but adapter.rank is {adapter.rank}: set it to {rank}")
+    return backbone
 
 
 def add_adapter(backbone: SD3Backbone, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> list[str]:

@@ -5,6 +5,7 @@ are wrong: a tenth of them in one attribute. The finished model is therefore not
 that alignment can mend and more of the same training could not.
 """
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -212,9 +213,10 @@ def start_from(model: Encoders, finished: StableDiffusion3Pipeline) -> None:
 def build(work: Path, target: Path, autoencoder: Path, further: bool, *, seed: int, device: str, workers: int) -> None:
     """Train the base model on the finished autoencoder's latents and save the pipeline to ``target``.
 
-    ``further`` goes on from the pipeline that is there.
+    ``further`` goes on from the pipeline that is there, at half the learning rate.
     """
     torch.manual_seed(seed)
+    schedule = replace(SCHEDULE, learning_rate=SCHEDULE.learning_rate / 2) if further else SCHEDULE
     vae = AutoencoderKL.from_pretrained(autoencoder)
     latents, specs = encode_bank(vae, work, seed, device)
     finished = StableDiffusion3Pipeline.from_pretrained(target, dtype=torch.float32) if further else None
@@ -224,9 +226,9 @@ def build(work: Path, target: Path, autoencoder: Path, further: bool, *, seed: i
         start_from(model, finished)
     averaged = train(
         model,
-        Captioned(latents, specs, tokenizers, seed, SCHEDULE.batch),
+        Captioned(latents, specs, tokenizers, seed, schedule.batch),
         loss,
-        SCHEDULE,
+        schedule,
         work,
         seed=seed,
         device=device,

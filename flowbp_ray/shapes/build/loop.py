@@ -3,14 +3,16 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -35,6 +37,14 @@ class Schedule:
         """Learning rate of a step as a share of the highest."""
         rest = (self.steps - step) / max(self.decay * self.steps, 1)
         return min(1.0, (step + 1) / self.warmup, rest)
+
+
+class Float32(TorchFunctionMode):
+    """Takes float32 for bfloat16: Muon asks for bfloat16, and a CPU that has to emulate it takes four times the whole step."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Every torch call passes here."""
+        return args[0].float() if func is Tensor.bfloat16 else func(*args, **(kwargs or {}))
 
 
 def optimizers(model: nn.Module, schedule: Schedule) -> list[Optimizer]:
@@ -70,6 +80,7 @@ def train(
     its state goes on from there. ``stop_after`` ends the run early at a step, keeping the schedule.
     """
     work.mkdir(parents=True, exist_ok=True)
+    (work / "schedule.json").write_text(json.dumps(asdict(schedule)) + "\n")
     model.to(device).train()
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(schedule.average))
     steppers = optimizers(model, schedule)
@@ -100,8 +111,11 @@ def train(
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"{work.name}: the gradient of step {step} is not finite; lower the learning rate")
-        for stepper in (*steppers, *rates):
-            stepper.step()
+        with Float32():
+            for stepper in steppers:
+                stepper.step()
+        for rate in rates:
+            rate.step()
         averaged.update_parameters(model)
         if (step + 1) % LOG_EVERY == 0:
             row = {"step": step + 1, "loss": value.item(), "seconds": round(time.perf_counter() - began, 1), **figures}

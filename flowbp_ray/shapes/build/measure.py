@@ -17,12 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowbp_ray.backbones.sd3 import SD3Backbone
+from flowbp_ray.pictures import to_uint8
 from flowbp_ray.rewards.clip import CLIPScore
 from flowbp_ray.shapes.build import base
 from flowbp_ray.shapes.build.autoencoder import to_tensor
 from flowbp_ray.shapes.captions import evaluation_prompts, wrong_in_one
 from flowbp_ray.shapes.checker import check
-from flowbp_ray.shapes.evaluation import Score, judge, six_tasks, to_uint8
+from flowbp_ray.shapes.evaluation import Score, judge, six_tasks
 from flowbp_ray.shapes.preferences import KINDS, random_caption, random_pair
 from flowbp_ray.shapes.world import draw, lay_out
 

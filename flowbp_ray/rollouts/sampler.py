@@ -1,0 +1,104 @@
+"""A sampler: rolls out one micro-batch with the policy version that it asks for, and keeps what its plan needs."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowbp_ray.config import AlignConfig
+from flowbp_ray.randomness import prompt_indices, seed_of
+from flowbp_ray.rollouts.plans import plan_of
+from flowbp_ray.rollouts.rollout import roll_out
+from flowbp_ray.surrogate.inputs import reward_inputs, sample_weights
+from flowbp_ray.training.adapter import State, adapted, checksum, read, write
+
+#: Columns of a micro-batch: numpy arrays whose first axis is the sample.
+Block = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The adapter's weights after ``version`` updates, and their checksum where they were made."""
+
+    version: int
+    state: State
+    checksum: str
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples ``part · size … (part + 1) · size`` of one step, made by policy ``version``."""
+
+    step: int
+    part: int
+    version: int
+    samples: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: AlignConfig, number: int) -> "MicroBatch":
+        """The ``number``-th of the run: steps one after the other, each in ``batch / micro_batch`` parts."""
+        train = config.train
+        step, part = divmod(number, train.batch // train.micro_batch)
+        samples = tuple(range(part * train.micro_batch, (part + 1) * train.micro_batch))
+        return cls(step, part, max(0, step - train.policy_lag), samples)
+
+
+class Sampler:
+    """Backbone and adapter, no autograd. ``fetch(version)`` gives a policy, ``prompts`` are all there are."""
+
+    def __init__(self, config: AlignConfig, prompts: Sequence[str], fetch: Callable[[int], Policy]) -> None:
+        torch.set_num_threads(config.cluster.threads)
+        self.config, self.prompts, self.fetch = config, prompts, fetch
+        self.backbone = adapted(config, "cuda" if config.cluster.sampler_gpus else "cpu")
+        self.negative = self.backbone.encode([""])
+        self.sigmas = self.backbone.grid(config.sampling.steps).to(self.backbone.device)
+        self.version = -1
+
+    def __call__(self, block: Block) -> Block:
+        """Roll out the micro-batch whose number is the one row of ``block["number"]``."""
+        began = time.perf_counter()
+        config, sampling = self.config, self.config.sampling
+        batch = MicroBatch.of(config, int(block["number"][0]))
+        self.hold(batch.version)
+        plan = plan_of(config, self.sigmas, batch.step)
+        chosen = prompt_indices(config.train.seed, batch.step, config.train.batch, len(self.prompts))
+        prompts = [self.prompts[chosen[s]] for s in batch.samples]
+        seeds = [seed_of(config.train.seed, batch.step, s, "noise") for s in batch.samples]
+        noise = self.backbone.initial_latents(
+            [torch.Generator().manual_seed(s) for s in seeds], sampling.height, sampling.width
+        )
+        conditioning = self.backbone.encode(prompts)
+
+        def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+            return self.backbone.velocity(latents, sigma, conditioning, self.negative, sampling.guidance_scale)
+
+        rollout = roll_out(noise, self.sigmas, velocity, plan)
+        inputs = reward_inputs(plan, rollout.latents, rollout.velocities, self.sigmas)
+        weights = sample_weights(plan, rollout.latents, rollout.velocities, self.sigmas)
+        active = torch.stack([rollout.latents[a.index] for a in plan.active], 1)
+        number = len(prompts)
+        return {
+            "step": np.full(number, batch.step),
+            "part": np.full(number, batch.part),
+            "version": np.full(number, batch.version),
+            "sample": np.array(batch.samples),
+            "prompt": np.array(prompts, dtype=object),
+            "latents": active.cpu().numpy(),  # (B, active, C, h, w)
+            "inputs": torch.stack(inputs, 1).cpu().numpy(),  # (B, reward inputs, C, h, w)
+            "weight": weights.cpu().numpy(),
+            "sampling_seconds": np.full(number, (time.perf_counter() - began) / number),
+        }
+
+    def hold(self, version: int) -> None:
+        """Have the adapter of ``version`` in the model; RuntimeError if what is in it then is not what was published."""
+        if version == self.version:
+            return
+        policy = self.fetch(version)
+        write(self.backbone.transformer, policy.state)
+        held = checksum(read(self.backbone.transformer))
+        if held != policy.checksum:
+            raise RuntimeError(f"the sampler holds {held[:12]} after loading policy version {version}, which is {policy.checksum[:12]}")
+        self.version = version

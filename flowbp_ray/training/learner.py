@@ -1,0 +1,127 @@
+"""The learner: what one train worker does with micro-batches, without knowing where they come from."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim import AdamW
+
+from flowbp_ray.config import AlignConfig
+from flowbp_ray.rollouts.plans import plan_of
+from flowbp_ray.rollouts.sampler import Block, Policy
+from flowbp_ray.surrogate.backward import Guidance
+from flowbp_ray.surrogate.plan import Plan
+from flowbp_ray.training import adapter
+from flowbp_ray.training.update import accumulate, clip_by_norm
+
+
+class Learner:
+    """Backbone, adapter, AdamW and the averaged weights. Version ``v`` is the adapter after ``v`` updates."""
+
+    def __init__(self, config: AlignConfig) -> None:
+        torch.set_num_threads(config.cluster.threads)
+        self.config, train = config, config.train
+        self.backbone = adapter.adapted(config, "cuda" if config.cluster.trainer_gpus else "cpu")
+        self.negative = self.backbone.encode([""])
+        self.sigmas = self.backbone.grid(config.sampling.steps).to(self.backbone.device)
+        self.parameters = adapter.parameters(self.backbone.transformer)
+        self.optimizer = AdamW(
+            self.parameters, lr=train.learning_rate, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
+        )
+        self.averaged = adapter.read(self.backbone.transformer)
+        self.version = 0
+        surrogate = config.surrogate
+        self.guidance = Guidance(config.sampling.guidance_scale, surrogate.detach_negative, surrogate.compensate_guidance)
+
+    @property
+    def plan(self) -> Plan:
+        """The surrogate of the step that is to be done next."""
+        return plan_of(self.config, self.sigmas, self.version)
+
+    def policy(self) -> Policy:
+        """The raw weights as samplers load them."""
+        state = adapter.read(self.backbone.transformer)
+        return Policy(self.version, state, adapter.checksum(state))
+
+    def accumulate(self, block: Block) -> None:
+        """Add a micro-batch's share of the step's gradient; RuntimeError if it is of another step or policy version."""
+        version = max(0, self.version - self.config.train.policy_lag)
+        if (block["step"] != self.version).any() or (block["version"] != version).any():
+            raise RuntimeError(
+                f"step {self.version} was given samples of step {sorted(set(block['step'].tolist()))} "
+                f"and policy version {sorted(set(block['version'].tolist()))}, not {version}"
+            )
+        plan = self.plan
+        latents, gradients = self._tensor(block, "latents"), self._tensor(block, "gradients")
+        accumulate(
+            self.backbone,
+            plan,
+            self.sigmas,
+            {a.index: latents[:, k] for k, a in enumerate(plan.active)},
+            [gradients[:, m] for m in range(gradients.shape[1])],
+            self._tensor(block, "weight"),
+            self.backbone.encode(block["prompt"].tolist()),
+            self.negative,
+            guidance=self.guidance,
+            batch=self.config.train.batch,
+            velocity_penalty=self.config.train.velocity_penalty,
+        )
+
+    def update(self, add_up: Callable[[Tensor], None] | None = None) -> float:
+        """One step of AdamW and of the average; returns the gradient's norm before it is cut.
+
+        ``add_up`` replaces the flat gradient in place by its sum over all train workers. FloatingPointError where it is
+        not finite; no update is made then.
+        """
+        gradients = [p.grad for p in self.parameters]
+        if missing := sum(g is None for g in gradients):
+            raise RuntimeError(f"{missing} of {len(gradients)} adapter parameters received no gradient in step {self.version}")
+        flat = torch.cat([g.flatten() for g in gradients if g is not None])
+        if add_up is not None:
+            add_up(flat)
+        norm = clip_by_norm([flat], self.config.train.max_grad_norm)
+        for parameter, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.averaged = adapter.average(self.averaged, adapter.read(self.backbone.transformer), self.config.train.ema)
+        self.version += 1
+        return norm
+
+    def evaluated(self) -> adapter.State:
+        """The weights that are evaluated and exported, as configured: averaged or raw."""
+        return self.averaged if self.config.evaluation.weights == "ema" else adapter.read(self.backbone.transformer)
+
+    def preview(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        """Finished latents ``(B, C, h, w)`` by the evaluated weights; the trained ones are as before afterwards."""
+        sampling, raw = self.config.sampling, adapter.read(self.backbone.transformer)
+        adapter.write(self.backbone.transformer, self.evaluated())
+        try:
+            return self.backbone.sample_latents(
+                prompts,
+                seeds,
+                steps=sampling.steps,
+                guidance_scale=sampling.guidance_scale,
+                height=sampling.height,
+                width=sampling.width,
+            )
+        finally:
+            adapter.write(self.backbone.transformer, raw)
+
+    def save(self, folder: Path) -> None:
+        """A checkpoint: the exported adapter as diffusers loads it, and beside it the raw and averaged weights and the optimizer."""
+        strength = self.config.adapter.export_strength
+        adapter.export(
+            self.backbone, self.evaluated(), folder, weights=self.config.evaluation.weights, strength=strength
+        )
+        raw = adapter.read(self.backbone.transformer)
+        states = {f"raw.{k}": v for k, v in raw.items()} | {f"ema.{k}": v for k, v in self.averaged.items()}
+        save_file(states, folder / "state.safetensors")
+        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+        (folder / "state.json").write_text(json.dumps({"version": self.version}) + "\n")
+
+    def _tensor(self, block: Block, column: str) -> Tensor:
+        return torch.tensor(block[column], device=self.backbone.device)

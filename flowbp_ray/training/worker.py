@@ -1,0 +1,110 @@
+"""The Ray Train side: every worker learns from its share of each step's micro-batches, rank 0 publishes and reports."""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+from ray import serve, train
+from ray.actor import ActorHandle
+from torch import Tensor
+
+from flowbp_ray.config import AlignConfig
+from flowbp_ray.rollouts.sampler import Block
+from flowbp_ray.training.learner import Learner
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a train worker is given: all handles are Ray's, ``preview`` the fixed prompts and seeds that are pictured."""
+
+    config: AlignConfig
+    store: ActorHandle
+    tracker: ActorHandle
+    rewards: str
+    preview: list[tuple[str, int]]
+
+
+def train_loop(job: Job) -> None:
+    """Do all steps of a run. RuntimeError if a micro-batch reaches another rank than its own, or another step."""
+    config, rank = job.config, train.get_context().get_world_rank()
+    learner = Learner(config)
+    if rank == 0:
+        ray.get(job.store.publish.remote(learner.policy()))
+        show(job, learner)
+    shard = train.get_dataset_shard("rollouts")
+    blocks = iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
+    parts = config.train.batch // config.train.micro_batch // config.train.workers
+    for step in range(config.train.steps):
+        began, sums, seconds = time.perf_counter(), torch.zeros(0), {"waiting": 0.0, "update": 0.0}
+        names: list[str] = []
+        plan = learner.plan
+        for part in range(parts):
+            asked = time.perf_counter()
+            block = next(blocks)
+            seconds["waiting"] += time.perf_counter() - asked
+            wanted = part * config.train.workers + rank
+            if (block["part"] != wanted).any():
+                raise RuntimeError(f"rank {rank} was given part {block['part'].tolist()} of step {step} and not its own, {wanted}")
+            learner.accumulate(block)
+            names, values = totals(block)
+            sums = values if part == 0 else sums + values
+        norm = learner.update(add_up if config.train.workers > 1 else None)
+        if config.train.workers > 1:
+            add_up(sums)
+        if rank == 0:
+            ray.get(job.store.publish.remote(learner.policy()))
+            seconds["step"] = time.perf_counter() - began
+            figures = dict(zip(names, sums.tolist(), strict=True))
+            seconds |= {stage: figures.pop(f"{stage}_seconds") for stage in ("sampling", "reward")}
+            seconds["update"] = seconds["step"] - seconds["waiting"]
+            metrics = {k: v / config.train.batch for k, v in figures.items()}
+            metrics |= {"grad_norm": norm, "policy_version": max(0, step - config.train.policy_lag)}
+            metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
+            metrics |= {f"active/{k}": a.index for k, a in enumerate(plan.active)}
+            ray.get(job.tracker.metrics.remote(metrics, step))
+            if learner.version % config.evaluation.preview_every == 0 or learner.version == config.train.steps:
+                show(job, learner)
+        if learner.version % config.train.checkpoint_every == 0 or learner.version == config.train.steps:
+            checkpoint(learner, rank)
+
+
+def totals(block: Block) -> tuple[list[str], Tensor]:
+    """Names and sums over the samples of what is reported as a mean, and of the seconds."""
+    names = sorted(k for k in block if k.startswith("reward/") or k in ("objective", "sampling_seconds", "reward_seconds"))
+    return names, torch.tensor([float(np.sum(block[k], dtype=np.float64)) for k in names], dtype=torch.float64)
+
+
+def add_up(values: Tensor) -> None:
+    """Replace ``values`` by their sum over all train workers."""
+    dist.all_reduce(values)
+
+
+def show(job: Job, learner: Learner) -> None:
+    """Picture the fixed prompts and seeds by the evaluated weights: the reward service decodes, the tracker keeps them."""
+    if not job.preview:
+        return
+    prompts, seeds = [p for p, _ in job.preview], [s for _, s in job.preview]
+    latents = learner.preview(prompts, seeds).cpu().numpy()
+    seen = serve.get_app_handle(job.rewards).look.remote(latents, prompts).result(timeout_s=600)
+    ray.get(job.tracker.previews.remote(prompts, seen["pictures"], learner.version))
+
+
+def checkpoint(learner: Learner, rank: int) -> None:
+    """Report a checkpoint to Ray Train, which keeps it; every rank has to call this, rank 0 has the files."""
+    metrics = {"version": learner.version}
+    if rank != 0:
+        train.report(metrics, checkpoint_dir_name=name(learner.version))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        learner.save(Path(folder))
+        train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder), checkpoint_dir_name=name(learner.version))
+
+
+def name(version: int) -> str:
+    """A checkpoint's folder."""
+    return f"checkpoint_{version:06d}"

@@ -1,0 +1,99 @@
+"""Align a text-to-image flow model to a reward, on this machine or on the cluster of RAY_ADDRESS.
+
+    python -m pipelines.align configs/shapes/sparse.yaml
+    python -m pipelines.align configs/shapes/sparse.yaml train.steps=20 sampling.guidance_scale=3
+    ray job submit --working-dir . -- python -m pipelines.align configs/shapes/sparse.yaml
+
+Any setting of the configuration can be given as section.setting=value; the last one wins.
+"""
+
+import argparse
+import secrets
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from flowbp_ray.config import AlignConfig, ConfigError, dump, load
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.align", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="a YAML file, such as configs/shapes/sparse.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.setting=value", help="what to change in it")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, and start nothing")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Check the configuration, then run it."""
+    args = arguments()
+    try:
+        config = load(args.config, args.overrides)
+    except ConfigError as error:
+        sys.exit(str(error))
+    from pipelines import quiet_libraries
+
+    quiet_libraries()
+    if args.dry_run:
+        print(intended(config))
+        return
+    from pipelines.alignment import align, cluster, reason
+
+    folder = config.output / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.surrogate.method}-{secrets.token_hex(2)}"
+    signal.signal(signal.SIGTERM, interrupt)  # `ray job stop`
+    try:
+        with cluster(config):
+            outcome = align(config, folder)
+    except KeyboardInterrupt:
+        sys.exit(f"\ninterrupted: nothing runs any more; {latest_checkpoint(folder)}")
+    except Exception as error:  # the boundary to the user: one sentence in place of pages of remote tracebacks
+        sys.exit(f"\nstopped: {reason(error)}\n{latest_checkpoint(folder)}")
+    print()
+    print((outcome.folder / "table.md").read_text(encoding="utf-8"))
+    print(f"adapter   {outcome.folder / 'adapter'}   (pipe.load_lora_weights takes it)")
+    print(f"pictures  {outcome.folder / 'before_after.png'}")
+    print(f"curves    {outcome.info['page']}" + (f"   after: {outcome.info['command']}" if outcome.info["command"] else ""))
+
+
+def interrupt(signum: int, frame: FrameType | None) -> None:
+    """End as by Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def latest_checkpoint(folder: Path) -> str:
+    """Where a run's newest checkpoint is, and what to do with it."""
+    if found := sorted(folder.glob("checkpoint_*/adapter.json")):
+        return f"the last checkpoint is {found[-1].parent}: start from it with adapter.init_from={found[-1].parent}"
+    return "there is no checkpoint of it yet"
+
+
+def intended(config: AlignConfig) -> str:
+    """The resolved configuration, the first step's surrogate, and what would be sampled and reserved."""
+    from flowbp_ray.backbones.sd3 import shifted_grid
+    from flowbp_ray.rollouts.plans import plan_of
+    from flowbp_ray.rollouts.prompts import read_prompts
+    from flowbp_ray.tracking.store import tracking_uri
+
+    train, prompts = config.train, read_prompts(config.prompts)
+    reserved = ", ".join(f"{number:g} {kind}s" for kind, number in config.reserved().items() if number)
+    pictures = 6 * config.evaluation.per_task * (2 if config.evaluation.before else 1)
+    return "\n".join(
+        [
+            dump(config),
+            "The first step's surrogate, on a grid without shift:",
+            plan_of(config, shifted_grid(config.sampling.steps, 1.0), 0).table(),
+            "",
+            f"{train.steps} steps of {train.batch} samples from {len(prompts)} prompts, {pictures} pictures to evaluate; "
+            f"processes reserve {reserved}.",
+            f"MLflow: {tracking_uri(config.tracking.uri)}; files: {config.output}. Nothing was started.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

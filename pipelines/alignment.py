@@ -1,0 +1,240 @@
+"""One alignment from beginning to end on a Ray cluster: serve the rewards, evaluate, train, evaluate, show."""
+
+import contextlib
+import math
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.actor import ActorHandle
+from ray.data import DataContext, ExecutionOptions
+from ray.train import DataConfig, Result, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from tqdm import tqdm
+
+from flowbp_ray.config import AlignConfig, ConfigError, dump
+from flowbp_ray.pictures import Cell, Row, sheet
+from flowbp_ray.rollouts.evaluation import evaluate
+from flowbp_ray.rollouts.policy import PolicyStore
+from flowbp_ray.rollouts.prompts import read_prompts
+from flowbp_ray.rollouts.stream import rollouts
+from flowbp_ray.shapes.captions import TASKS, evaluation_prompts
+from flowbp_ray.shapes.checker import check
+from flowbp_ray.shapes.evaluation import Score
+from flowbp_ray.tracking.store import tracking_uri
+from flowbp_ray.tracking.tracker import Tracker
+from flowbp_ray.training.adapter import EXPORT_FILE
+from flowbp_ray.training.worker import Job, train_loop
+from serve.rewards import application
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an alignment leaves: its folder (``adapter/``, ``before_after.png``, ``table.md``), the scores, the MLflow run."""
+
+    folder: Path
+    base: dict[str, Score] | None
+    aligned: dict[str, Score]
+    info: dict[str, str]
+
+
+def connect(config: AlignConfig) -> None:
+    """Join the cluster of RAY_ADDRESS (set inside of every Ray job), else start one on this machine. ConfigError if it is too small."""
+    quiet = {"env_vars": {"OMP_NUM_THREADS": str(config.cluster.threads), "TRANSFORMERS_VERBOSITY": "error"}}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(runtime_env=quiet, log_to_driver=False, logging_level="error")
+    else:
+        # Logical CPUs: on a laptop the processes take turns. One more than is there would be waited for, for ever.
+        cpus = max(os.cpu_count() or 1, math.ceil(config.reserved()["CPU"]))
+        ray.init(
+            address="local", num_cpus=cpus, include_dashboard=False, runtime_env=quiet, log_to_driver=False, logging_level="error"
+        )
+    there = ray.cluster_resources()
+    for kind, number in config.reserved().items():
+        if number > there.get(kind, 0):
+            raise ConfigError(f"the processes of this configuration need {number:g} {kind}s, but the cluster has {there.get(kind, 0):g}")
+
+
+def align(config: AlignConfig, folder: Path) -> Outcome:
+    """Run on the connected cluster and write to the new ``folder``; whatever happens, nothing of this run is left on the cluster."""
+    DataContext.get_current().enable_progress_bars = False
+    prompts = read_prompts(config.prompts)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    uri = tracking_uri(config.tracking.uri)
+    tracker = Tracker.options(scheduling_strategy=here).remote(
+        uri, config.tracking.experiment, config.tracking.run_name, config.model_dump(mode="json")
+    )
+    info: dict[str, str] = ray.get(tracker.info.remote())
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+    print(f"MLflow run {info['run_id']}, files in {folder}")
+    rewards = f"rewards-{info['run_id'][:8]}"
+    try:
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})  # handles only, no HTTP
+        serve.run(application(config), name=rewards, route_prefix=None)
+        base = judged(config, "base", rewards, None, tracker, 0) if config.evaluation.before else None
+        preview = previewed(config)
+        result = trained(config, prompts, folder, rewards, tracker, preview)
+        with result.checkpoint.as_directory() as checkpoint:
+            exported = folder / "adapter"
+            exported.mkdir()
+            for name in (EXPORT_FILE, "adapter.json"):
+                shutil.copy(Path(checkpoint) / name, exported / name)
+        aligned = judged(config, "aligned", rewards, (exported / EXPORT_FILE).read_bytes(), tracker, config.train.steps)
+        (folder / "table.md").write_text(table(config, base, aligned), encoding="utf-8")
+        if shown := ray.get(tracker.first_and_last.remote()):
+            before_after([p for p, _ in preview], *shown).save(folder / "before_after.png")
+            ray.get(tracker.artifact.remote(folder / "before_after.png"))
+        ray.get(tracker.artifact.remote(exported))
+        ray.get(tracker.artifact.remote(folder / "table.md", "evaluation"))
+    except KeyboardInterrupt:
+        ray.get(tracker.finish.remote("KILLED"))
+        raise
+    except Exception:
+        ray.get(tracker.finish.remote("FAILED"))
+        raise
+    finally:
+        serve.delete(rewards)
+    ray.get(tracker.finish.remote("FINISHED"))
+    return Outcome(folder, base, aligned, info)
+
+
+def trained(
+    config: AlignConfig, prompts: list[str], folder: Path, rewards: str, tracker: ActorHandle, preview: list[tuple[str, int]]
+) -> Result:
+    """Stream rollouts to the train workers until all steps are done."""
+    store = PolicyStore.remote(keep=config.train.policy_lag + 2)
+    cluster = config.cluster
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config=Job(config, store, tracker, rewards, preview),
+        scaling_config=ScalingConfig(
+            num_workers=config.train.workers,
+            use_gpu=cluster.trainer_gpus > 0,
+            resources_per_worker={"CPU": cluster.trainer_cpus} | ({"GPU": cluster.trainer_gpus} if cluster.trainer_gpus else {}),
+        ),
+        run_config=RunConfig(name=folder.name, storage_path=str(folder.parent)),
+        datasets={"rollouts": rollouts(config, prompts, store, rewards)},
+        # Which rank gets which micro-batch depends on the order alone.
+        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
+    )
+    done: list[Result | Exception] = []
+
+    def fit() -> None:
+        try:
+            done.append(trainer.fit())
+        except Exception as error:  # handed to the main thread, which raises it
+            done.append(error)
+
+    # Not in the main thread: there Ray Train would take Ctrl-C for itself and end the process before anything is cleaned up.
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    with tqdm(total=config.train.steps, desc="align", unit="step") as bar:
+        while thread.is_alive():
+            thread.join(0.5)
+            follow(bar, ray.get(tracker.progress.remote()))
+    outcome = done[0]
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def follow(bar: tqdm, newest: tuple[int, dict[str, float]] | None) -> None:
+    """Put a step's figures on the bar."""
+    if newest is None:
+        bar.set_postfix_str("starting samplers and train workers", refresh=True)
+        return
+    step, figures = newest
+    rewards = {k.removeprefix("reward/"): f"{v:.2f}" for k, v in figures.items() if k.startswith("reward/")}
+    if bar.n == 0:
+        bar.unpause()  # the time left is counted from the first step on
+    bar.set_postfix(rewards, refresh=False)
+    bar.update(step + 1 - bar.n)
+
+
+def judged(
+    config: AlignConfig, name: str, rewards: str, exported: bytes | None, tracker: ActorHandle, step: int
+) -> dict[str, Score]:
+    """Evaluate, and log the figures."""
+    with tqdm(total=config.evaluation.per_task * len(TASKS), desc=f"evaluate {name}", unit="picture") as bar:
+        scores = evaluate(config, rewards, exported, bar.update)
+    figures = {f"eval/{name}/{k}": s.value for k, s in scores.items()} | {f"eval/{name}/{k}_error": s.error for k, s in scores.items()}
+    ray.get(tracker.figures.remote(figures, step))
+    return scores
+
+
+def previewed(config: AlignConfig) -> list[tuple[str, int]]:
+    """The prompts and seeds that are pictured along the way: the tasks in turn."""
+    number = config.evaluation.preview_prompts
+    by_task = evaluation_prompts(math.ceil(number / len(TASKS)) or 1, config.evaluation.seed).values()
+    return [(prompt, seed) for seed, prompt in enumerate([p for row in zip(*by_task, strict=True) for p in row][:number])]
+
+
+def before_after(prompts: list[str], before: Any, after: Any) -> Any:
+    """Two rows of the same prompts and seeds, with the checker's verdicts."""
+
+    def row(heading: str, pictures: Any) -> Row:
+        verdicts = [check(p, t) for p, t in zip(pictures, prompts, strict=True)]
+        return Row(heading, [Cell(p, t, v.reason, v.right) for p, t, v in zip(pictures, prompts, verdicts, strict=True)])
+
+    return sheet("The same prompts and seeds", [row("before", before), row("after", after)])
+
+
+def table(config: AlignConfig, base: dict[str, Score] | None, aligned: dict[str, Score]) -> str:
+    """base | aligned | difference, as Markdown: tasks in per cent of pictures right, rewards in their own units."""
+    lines = ["| | base | aligned | difference |", "| --- | ---: | ---: | ---: |"]
+
+    def number(score: Score, scale: float) -> str:
+        return f"{scale * score.value:.2f} ± {scale * score.error:.2f}"
+
+    for name, after in aligned.items():
+        scale = 1.0 if name.startswith("reward/") else 100.0
+        if base is None:
+            before, difference = "", ""
+        else:
+            error = math.hypot(base[name].error, after.error)
+            before, difference = number(base[name], scale), f"{scale * (after.value - base[name].value):+.2f} ± {scale * error:.2f}"
+        label = f"**{name}**" if name == "mean" else name.replace("_", " ")
+        lines.append(f"| {label} | {before} | {number(after, scale)} | {difference} |")
+    settings, sampling = config.evaluation, config.sampling
+    lines.append("")
+    lines.append(
+        f"Tasks: % right by the exact checker, {settings.per_task} pictures each; rewards over all {len(TASKS) * settings.per_task}. "
+        f"± is one standard error. Guidance {sampling.guidance_scale:g}, {sampling.steps} steps, seed {settings.seed}, "
+        f"weights: {settings.weights}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+@contextlib.contextmanager
+def cluster(config: AlignConfig) -> Iterator[None]:
+    """A connected cluster; at the end a local one is gone, and of a joined one only this driver."""
+    try:
+        connect(config)
+        yield
+    finally:
+        if not os.environ.get("RAY_ADDRESS") and ray.is_initialized():
+            serve.shutdown()
+        ray.shutdown()
+
+
+def reason(error: BaseException) -> str:
+    """The sentence at the bottom of Ray's nested errors."""
+    while True:
+        failures = [f for f in getattr(error, "worker_failures", {}).values()]
+        inner = (
+            getattr(error, "controller_failure", None)
+            or (failures[0] if failures else None)
+            or getattr(error, "cause", None)
+            or error.__cause__
+        )
+        if not isinstance(inner, BaseException) or inner is error:
+            return str(error).strip() or type(error).__name__
+        error = inner
