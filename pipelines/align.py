@@ -45,9 +45,9 @@ def main() -> None:
     from pipelines.alignment import align, cluster, reason
 
     folder = config.output / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.surrogate.method}-{secrets.token_hex(2)}"
-    signal.signal(signal.SIGTERM, interrupt)  # `ray job stop`
     try:
         with cluster(config):
+            signal.signal(signal.SIGTERM, interrupt)  # `ray job stop`; from now on, since ray.init takes it for itself
             outcome = align(config, folder)
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted: nothing runs any more; {latest_checkpoint(folder)}")

@@ -46,7 +46,7 @@ class Outcome:
 
 
 def connect(config: AlignConfig) -> None:
-    """Join the cluster of RAY_ADDRESS (set inside of every Ray job), else start one on this machine. ConfigError if it is too small."""
+    """Join the cluster of RAY_ADDRESS (every Ray job has it), else start one here. ConfigError if it is too small."""
     quiet = {"env_vars": {"OMP_NUM_THREADS": str(config.cluster.threads), "TRANSFORMERS_VERBOSITY": "error"}}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(runtime_env=quiet, log_to_driver=False, logging_level="error")
@@ -59,17 +59,21 @@ def connect(config: AlignConfig) -> None:
     there = ray.cluster_resources()
     for kind, number in config.reserved().items():
         if number > there.get(kind, 0):
-            raise ConfigError(f"the processes of this configuration need {number:g} {kind}s, but the cluster has {there.get(kind, 0):g}")
+            raise ConfigError(
+                f"the processes of this configuration need {number:g} {kind}s: the cluster has {there.get(kind, 0):g}"
+            )
 
 
 def align(config: AlignConfig, folder: Path) -> Outcome:
-    """Run on the connected cluster and write to the new ``folder``; whatever happens, nothing of this run is left on the cluster."""
+    """Run on the connected cluster and write to the new ``folder``. Whatever happens, nothing is left on the cluster."""
     DataContext.get_current().enable_progress_bars = False
     prompts = read_prompts(config.prompts)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     uri = tracking_uri(config.tracking.uri)
-    tracker = Tracker.options(scheduling_strategy=here).remote(
-        uri, config.tracking.experiment, config.tracking.run_name, config.model_dump(mode="json")
+    tracker = (
+        ray.remote(Tracker)
+        .options(num_cpus=0, scheduling_strategy=here)
+        .remote(uri, config.tracking.experiment, config.tracking.run_name, config.model_dump(mode="json"))
     )
     info: dict[str, str] = ray.get(tracker.info.remote())
     folder.mkdir(parents=True)
@@ -110,7 +114,7 @@ def trained(
     config: AlignConfig, prompts: list[str], folder: Path, rewards: str, tracker: ActorHandle, preview: list[tuple[str, int]]
 ) -> Result:
     """Stream rollouts to the train workers until all steps are done."""
-    store = PolicyStore.remote(keep=config.train.policy_lag + 2)
+    store = ray.remote(PolicyStore).options(num_cpus=0).remote(keep=config.train.policy_lag + 2)
     cluster = config.cluster
     trainer = TorchTrainer(
         train_loop,
@@ -165,7 +169,8 @@ def judged(
     """Evaluate, and log the figures."""
     with tqdm(total=config.evaluation.per_task * len(TASKS), desc=f"evaluate {name}", unit="picture") as bar:
         scores = evaluate(config, rewards, exported, bar.update)
-    figures = {f"eval/{name}/{k}": s.value for k, s in scores.items()} | {f"eval/{name}/{k}_error": s.error for k, s in scores.items()}
+    figures = {f"eval/{name}/{k}": s.value for k, s in scores.items()}
+    figures |= {f"eval/{name}/{k}_error": s.error for k, s in scores.items()}
     ray.get(tracker.figures.remote(figures, step))
     return scores
 
@@ -200,13 +205,16 @@ def table(config: AlignConfig, base: dict[str, Score] | None, aligned: dict[str,
             before, difference = "", ""
         else:
             error = math.hypot(base[name].error, after.error)
-            before, difference = number(base[name], scale), f"{scale * (after.value - base[name].value):+.2f} ± {scale * error:.2f}"
+            before, difference = (
+                number(base[name], scale),
+                f"{scale * (after.value - base[name].value):+.2f} ± {scale * error:.2f}",
+            )
         label = f"**{name}**" if name == "mean" else name.replace("_", " ")
         lines.append(f"| {label} | {before} | {number(after, scale)} | {difference} |")
     settings, sampling = config.evaluation, config.sampling
     lines.append("")
     lines.append(
-        f"Tasks: % right by the exact checker, {settings.per_task} pictures each; rewards over all {len(TASKS) * settings.per_task}. "
+        f"Tasks: % right by the exact checker, {settings.per_task} pictures each; rewards: mean over all of these. "
         f"± is one standard error. Guidance {sampling.guidance_scale:g}, {sampling.steps} steps, seed {settings.seed}, "
         f"weights: {settings.weights}."
     )
@@ -228,7 +236,7 @@ def cluster(config: AlignConfig) -> Iterator[None]:
 def reason(error: BaseException) -> str:
     """The sentence at the bottom of Ray's nested errors."""
     while True:
-        failures = [f for f in getattr(error, "worker_failures", {}).values()]
+        failures = list(getattr(error, "worker_failures", {}).values())
         inner = (
             getattr(error, "controller_failure", None)
             or (failures[0] if failures else None)

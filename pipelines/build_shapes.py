@@ -67,7 +67,6 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     work, target = args.work, args.target
     common = {"device": args.device, "workers": args.workers}
-    measured = target / "measured.json"
     vae = target / "base" / "vae" if args.further else work / "autoencoder" / "vae"
     preferences = partial(preference_model.build, further=args.further, **common)
     steps = {} if args.steps is None else {"steps": args.steps}
@@ -78,7 +77,7 @@ def main() -> None:
         "base": partial(base.build, work / "base", target / "base", vae, args.further, seed=args.seed + 3, **common),
         "reward": partial(preferences, work / "reward", target / "reward", reward, seed=args.seed + 1),
         "judge": partial(preferences, work / "judge", target / "judge", judge, seed=args.seed + 2),
-        "measure": partial(measure.measure, work, target, measured, args.device),
+        "measure": partial(measure.measure, work, target, args.device),
     }
     finished = {"base": target / "base" / "model_index.json"} | {n: target / n / "config.json" for n in ("reward", "judge")}
     needs = {"base": [vae / "config.json"], "measure": list(finished.values())}
@@ -93,13 +92,13 @@ def main() -> None:
             sys.exit(f"{stage} needs what an earlier stage makes, {missing[0]}: run the stages in order, or all")
         builds[stage]()
         if stage != "measure":
-            measure.forget(measured, stage, further=args.further)
+            measure.record(target, stage, measure.trained(work / stage), args.further)
             (work / "measure" / "done").unlink(missing_ok=True)
         done.parent.mkdir(parents=True, exist_ok=True)
         done.touch()
         print(f"{stage}: done")
         if stage == "measure":
-            card.write(measured, target / "README.md")
+            card.write(target)
             print(f"model card: {target / 'README.md'}; look at it all with python -m pipelines.show_shapes")
 
 

@@ -36,11 +36,10 @@ def main() -> None:
     import numpy as np
 
     from flowbp_ray.backbones.sd3 import SD3Backbone
-    from flowbp_ray.pictures import Cell, Row, sheet
+    from flowbp_ray.pictures import Cell, Row, sheet, to_uint8
     from flowbp_ray.shapes.build.measure import STEPS, round_trip
     from flowbp_ray.shapes.captions import TASKS, evaluation_prompts
     from flowbp_ray.shapes.checker import check
-    from flowbp_ray.pictures import to_uint8
     from flowbp_ray.shapes.preferences import random_caption
     from flowbp_ray.shapes.world import draw, lay_out
 

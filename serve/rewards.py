@@ -14,8 +14,8 @@ from torch import Tensor
 
 from flowbp_ray.backbones.sd3 import DTYPES, decode
 from flowbp_ray.config import AlignConfig
-from flowbp_ray.rewards.clip import CLIPScore
 from flowbp_ray.pictures import to_uint8
+from flowbp_ray.rewards.clip import CLIPScore
 from flowbp_ray.rewards.objective import Component, objective, scored
 
 

@@ -1,4 +1,4 @@
-"""Evaluation on Ray Data: the same prompts, seeds, guidance and grid whatever the adapter, judged by what it is not trained on too."""
+"""Evaluation on Ray Data: the same prompts, seeds, guidance and grid, whatever the adapter is."""
 
 import tempfile
 from collections.abc import Callable
@@ -86,7 +86,11 @@ def evaluate(
             **whole,
         )
         .map_batches(
-            Examiner, fn_constructor_args=(application,), compute=ActorPoolStrategy(size=cluster.reward_replicas), num_cpus=0.01, **whole
+            Examiner,
+            fn_constructor_args=(application,),
+            compute=ActorPoolStrategy(size=cluster.reward_replicas),
+            num_cpus=0.01,
+            **whole,
         )
     )
     blocks = []

@@ -2,12 +2,9 @@
 
 import asyncio
 
-import ray
-
 from flowbp_ray.rollouts.sampler import Policy
 
 
-@ray.remote(num_cpus=0)
 class PolicyStore:
     """Keeps the newest ``keep`` versions; whoever needs one that is still to come waits here and not in a sampler."""
 

@@ -67,9 +67,7 @@ class Sampler:
         chosen = prompt_indices(config.train.seed, batch.step, config.train.batch, len(self.prompts))
         prompts = [self.prompts[chosen[s]] for s in batch.samples]
         seeds = [seed_of(config.train.seed, batch.step, s, "noise") for s in batch.samples]
-        noise = self.backbone.initial_latents(
-            [torch.Generator().manual_seed(s) for s in seeds], sampling.height, sampling.width
-        )
+        noise = self.backbone.initial_latents([torch.Generator().manual_seed(s) for s in seeds], sampling.height, sampling.width)
         conditioning = self.backbone.encode(prompts)
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
@@ -100,5 +98,7 @@ class Sampler:
         write(self.backbone.transformer, policy.state)
         held = checksum(read(self.backbone.transformer))
         if held != policy.checksum:
-            raise RuntimeError(f"the sampler holds {held[:12]} after loading policy version {version}, which is {policy.checksum[:12]}")
+            raise RuntimeError(
+                f"the sampler holds {held[:12]}, not {policy.checksum[:12]}, after loading policy version {version}"
+            )
         self.version = version

@@ -78,5 +78,7 @@ def rollouts(config: AlignConfig, prompts: Sequence[str], store: ActorHandle, ap
             num_gpus=cluster.sampler_gpus,
             **whole,
         )
-        .map_batches(RewardStage, fn_constructor_args=(application,), compute=pool(cluster.reward_replicas), num_cpus=0.01, **whole)
+        .map_batches(
+            RewardStage, fn_constructor_args=(application,), compute=pool(cluster.reward_replicas), num_cpus=0.01, **whole
+        )
     )

@@ -173,7 +173,7 @@ def wrong_in_one(spec: Spec, rng: np.random.Generator, kinds: tuple[str, ...] | 
         case "binding":
             a, b = nouns
             nouns = [Noun(a.shape, b.colour, a.count), Noun(b.shape, a.colour, b.count)]
-        case "place":  # the opposite half of the time: that is the harder one to see
+        case "place":  # mostly the opposite: that is the harder one to see
             opposite = OPPOSITE[spec.relation or ""]
-            return Spec(tuple(nouns), opposite if rng.random() < 0.5 else other(RELATIONS, spec.relation, opposite)), kind
+            return Spec(tuple(nouns), opposite if rng.random() < 0.75 else other(RELATIONS, spec.relation, opposite)), kind
     return Spec(tuple(nouns), spec.relation), kind

@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import ray
 
 from flowbp_ray.tracking.run import TrackedRun
 
 
-@ray.remote(num_cpus=0)
 class Tracker:
     """A `TrackedRun` for processes elsewhere."""
 

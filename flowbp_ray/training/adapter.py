@@ -55,7 +55,9 @@ def adapted(config: AlignConfig, device: str) -> SD3Backbone:
     load_export(backbone, adapter.init_from)
     rank = backbone.transformer.peft_config["default"].r
     if rank != adapter.rank:
-        raise ValueError(f"the adapter in {adapter.init_from} has rank {rank}, but adapter.rank is {adapter.rank}: set it to {rank}")
+        raise ValueError(
+            f"the adapter in {adapter.init_from} has rank {rank}: set adapter.rank, which is {adapter.rank}, to that"
+        )
     return backbone
 
 

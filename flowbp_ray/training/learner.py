@@ -112,11 +112,9 @@ class Learner:
             adapter.write(self.backbone.transformer, raw)
 
     def save(self, folder: Path) -> None:
-        """A checkpoint: the exported adapter as diffusers loads it, and beside it the raw and averaged weights and the optimizer."""
+        """A checkpoint: the exported adapter as diffusers loads it; beside it raw and averaged weights and the optimizer."""
         strength = self.config.adapter.export_strength
-        adapter.export(
-            self.backbone, self.evaluated(), folder, weights=self.config.evaluation.weights, strength=strength
-        )
+        adapter.export(self.backbone, self.evaluated(), folder, weights=self.config.evaluation.weights, strength=strength)
         raw = adapter.read(self.backbone.transformer)
         states = {f"raw.{k}": v for k, v in raw.items()} | {f"ema.{k}": v for k, v in self.averaged.items()}
         save_file(states, folder / "state.safetensors")

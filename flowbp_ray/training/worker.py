@@ -49,7 +49,7 @@ def train_loop(job: Job) -> None:
             seconds["waiting"] += time.perf_counter() - asked
             wanted = part * config.train.workers + rank
             if (block["part"] != wanted).any():
-                raise RuntimeError(f"rank {rank} was given part {block['part'].tolist()} of step {step} and not its own, {wanted}")
+                raise RuntimeError(f"rank {rank} was given part {block['part'][0]} of step {step} and not its own, {wanted}")
             learner.accumulate(block)
             names, values = totals(block)
             sums = values if part == 0 else sums + values

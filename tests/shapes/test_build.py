@@ -55,29 +55,36 @@ def test_latents_are_scaled_to_mean_zero_and_spread_one(built):
 
 
 def test_the_card_states_every_figure_that_was_measured(built, tmp_path, monkeypatch):
-    work, models = built
+    work, models = built[0], tmp_path / "models"
+    shutil.copytree(built[1], models)
+    for stage in ("autoencoder", "base", "reward", "judge"):
+        measure.record(models, stage, measure.trained(work / stage), further=False)
     for name, number in (("SWEEP", 2), ("FINAL", 3), ("CHECKED", 10), ("PAIRS", 4), ("GUIDANCE", (1.0, 3.0)), ("STEPS", 2)):
         monkeypatch.setattr(measure, name, number)
         monkeypatch.setattr(card, name, number)
-    file = tmp_path / "measured.json"
-    measure.measure(work, models, file, "cpu")
+    file = models / "measured.json"
+    measure.measure(work, models, "cpu")
     figures = json.loads(file.read_text())
-    assert figures["training_base"]["steps"] == 10
     assert set(figures["comparisons_judge"]) == {*KINDS, "overall"}
     assert set(figures["six_tasks"]) == {*TASKS, "mean"}
     assert figures["parameters"]["reward"] == sum(p.numel() for p in CLIPScore(models / "reward").model.parameters())
     before = file.read_text()
-    measure.measure(work, models, file, "cpu")  # everything is kept
+    measure.measure(work, models, "cpu")  # everything is kept
     assert file.read_text() == before
-    card.write(file, tmp_path / "README.md")
-    text = (tmp_path / "README.md").read_text()
+    measure.record(models, "base", measure.trained(work / "base") | {"steps": 1234}, further=True)
+    file.write_text(before)
+    card.write(models)
+    text = (models / "README.md").read_text()
+    assert text.count("| base | ") == 2
+    assert "| base | 10 |" in text
+    assert "| base | 1,234 |" in text
     for task in TASKS:
         assert card.percent(figures["six_tasks"][task]) in text
-    measure.forget(file, "base", further=True)
-    left = json.loads(file.read_text())
-    assert left["earlier_base"]["steps"] == 10
+    measure.record(models, "base", measure.trained(work / "base"), further=False)
+    left, history = (json.loads((models / name).read_text()) for name in ("measured.json", "training.json"))
+    assert [row["steps"] for row in history if row["part"] == "base"] == [10]  # trained anew: what was before is gone
     assert "comparisons_judge" in left
-    assert not {"six_tasks", "guidance_1.0", "training_base", "parameters"} & set(left)
+    assert not {"six_tasks", "guidance_1.0", "parameters"} & set(left)
 
 
 def test_a_preference_model_goes_on_from_the_finished_one(built, tmp_path, monkeypatch):
@@ -126,6 +133,15 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path, muo
     assert torch.equal(whole, parts)
     assert not torch.equal(whole, tiny_run(tmp_path / "shorter", 19, [], muon))
     assert not torch.equal(whole, tiny_run(tmp_path / "other", 20, [], not muon))
+
+
+def test_muon_computes_in_float32():
+    weight = torch.nn.Parameter(torch.zeros(8, 32))
+    weight.grad = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    with loop.Float32():
+        torch.optim.Muon([weight], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False).step()
+    kept = weight.detach().bfloat16().float()
+    assert (kept != weight).any()  # an update that was made in bfloat16 would be one of its numbers
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else():

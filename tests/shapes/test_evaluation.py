@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from flowbp_ray.shapes.captions import TASKS, evaluation_prompts, parse
 from flowbp_ray.pictures import to_uint8
+from flowbp_ray.shapes.captions import TASKS, evaluation_prompts, parse
 from flowbp_ray.shapes.evaluation import judge, six_tasks
 from flowbp_ray.shapes.world import draw, lay_out
 

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from flowbp_ray.shapes import preferences
-from flowbp_ray.shapes.captions import is_evaluation, parse
+from flowbp_ray.shapes.captions import is_evaluation, parse, wrong_in_one
 from flowbp_ray.shapes.checker import check, read
-from flowbp_ray.shapes.preferences import ATTRIBUTES, KINDS, random_pair
+from flowbp_ray.shapes.preferences import ATTRIBUTES, KINDS, REVERSED, random_caption, random_pair, reversed_order
 
 
 @pytest.mark.parametrize("kind", ATTRIBUTES)
@@ -44,3 +44,27 @@ def test_unknown_spoil_is_refused():
     scene = preferences.lay_out(parse("a ring"), np.random.default_rng(0))
     with pytest.raises(ValueError, match="unknown spoil 'rust'"):
         preferences.spoil(scene, "rust", np.random.default_rng(0))
+
+
+def test_training_captions_lean_to_one_order_of_shapes_and_evaluation_captions_do_not():
+    rng = np.random.default_rng(0)
+    shares = {
+        split: np.mean([reversed_order(random_caption(split, rng, "position")[1]) for _ in range(2000)])
+        for split in ("training", "evaluation")
+    }
+    assert shares["training"] == pytest.approx(REVERSED, abs=0.04)
+    assert shares["evaluation"] > 0.35
+
+
+def test_a_wrong_place_is_mostly_the_opposite_one():
+    rng = np.random.default_rng(0)
+    spec = parse("a ring left of a cross")
+    wrong = [wrong_in_one(spec, rng, ("place",))[0].relation for _ in range(1000)]
+    assert set(wrong) == {"right of", "above", "below"}
+    assert 0.7 < wrong.count("right of") / 1000 < 0.8
+
+
+def test_evaluation_pairs_come_evenly():
+    rng = np.random.default_rng(0)
+    kinds = [random_pair("evaluation", rng).kind for _ in range(400)]
+    assert all(25 < kinds.count(kind) < 75 for kind in KINDS)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from flowbp_ray.shapes.build import autoencoder, base, preference_model
+from flowbp_ray.shapes.build import base
 from flowbp_ray.shapes.build.measure import CHECKED, FINAL, GUIDANCE, PAIRS, STEPS, SWEEP
 from flowbp_ray.shapes.captions import TASKS
 from flowbp_ray.shapes.preferences import ATTRIBUTES, KINDS
@@ -19,31 +19,22 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
 
 
-def card(figures: dict) -> str:
+def card(figures: dict, history: list[dict]) -> str:
     """The card's text."""
     best, tasks, early = figures["best_guidance"], figures["six_tasks"], figures["six_tasks_at_80_percent"]
     gained = 100 * (tasks["mean"]["value"] - early["mean"]["value"])
-    schedules = {
-        "autoencoder": autoencoder.SCHEDULE,
-        "base": base.SCHEDULE,
-        "reward": preference_model.SCHEDULE,
-        "judge": preference_model.SCHEDULE,
-    }
     training = [
         [
-            name,
-            str(int(figures[f"training_{name}"]["steps"])),
-            str(s.batch),
-            f"{s.learning_rate:g}",
-            str(s.average),
-            f"{figures[f'training_{name}']['minutes']:.0f}",
+            row["part"],
+            f"{row['steps']:,}",
+            str(row["batch"]),
+            f"{row['learning_rate']:g}",
+            "Muon, AdamW" if row["muon"] else "AdamW",
+            f"{row['average']:g}",
+            f"{row['minutes']:.0f}",
         ]
-        for name, s in schedules.items()
+        for row in history
     ]
-    for name, s in schedules.items():
-        if earlier := figures.get(f"earlier_{name}"):
-            row = [str(earlier["steps"]), str(s.batch), f"{s.learning_rate:g}", "0.999", f"{earlier['minutes']:.0f}"]
-            training.append([f"{name}, before that", *row])
     checker = figures["checker"]
     sweep = [
         [
@@ -56,14 +47,13 @@ def card(figures: dict) -> str:
     comparisons = [
         [k, *(f"{100 * figures[f'comparisons_{m}'][k]:.1f}" for m in ("reward", "judge"))] for k in (*KINDS, "overall")
     ]
-    first = " (its first 12,000 steps were AdamW's alone, without the shift)" if "earlier_base" in figures else ""
     trained_out = "" if gained < 2 else ": it is **not trained out**, and `build_shapes base --further` goes on from it"
     low = [f"{m} on {k}" for m in ("reward", "judge") for k in ATTRIBUTES if figures[f"comparisons_{m}"][k] < 0.85]
     weak = f"Below 85 % on a stated attribute: **{', '.join(low)}**." if low else "Every stated attribute is at 85 % or above."
     return f"""# The embedded default's models
 
 Trained from nothing on drawings of the shapes world by `python -m pipelines.build_shapes` (seed 0; another one where a part was trained further), which also
-measured every figure here and wrote this card; `measured.json` holds the raw figures. Apache-2.0, as the code.
+measured every figure here and wrote this card; `measured.json` and `training.json` hold the raw figures. Apache-2.0, as the code.
 No outside data, pictures or weights went in.
 
 | folder | what | parameters |
@@ -85,11 +75,13 @@ to mend. Evaluation captions are in no training set (`tests/shapes/test_captions
 
 ## Training
 
-{table(["part", "steps", "batch", "learning rate", "weights averaged", "minutes, one CPU core"], training)}
+{table(["part", "steps", "batch", "learning rate", "optimizer", "weights averaged", "minutes, one CPU core"], training)}
 
-AdamW; the base's stacked matrices with Muon. Its noise levels are shifted by {base.SHIFT:g}, in training and in its
-scheduler{first}. The base and its text encoders are trained together on {base.BANK:,}
-drawings encoded once; the other parts see a fresh drawing every time. A batch of the preference models is comparisons, that is, two pictures each.
+A part with several rows was trained further, on other drawings. Muon is for the matrices of stacked layers. The base's noise
+levels are shifted by {base.SHIFT:g}, in training (but not in its first row) and in its scheduler. The base and its text encoders are
+trained together on {base.BANK:,} drawings encoded once; the other parts see a fresh drawing every time. A batch of the preference
+models is comparisons, that is, two pictures each. Training captions with a relation mostly name their shapes in one order: with
+both alike, no model here began to learn what "left of" means.
 
 ## The checker
 
@@ -111,7 +103,7 @@ The last fifth of the training gained {gained:+.1f} points of the mean{trained_o
 
 ## Reward and judge
 
-Comparisons of held-out captions decided rightly, %, {PAIRS} of each kind and {2 * PAIRS} overall (kinds as they come in training):
+Comparisons of held-out captions decided rightly, %, {PAIRS} of each kind and {2 * PAIRS} overall (kinds evenly):
 
 {table(["worse by", "reward", "judge"], comparisons)}
 
@@ -119,6 +111,7 @@ Comparisons of held-out captions decided rightly, %, {PAIRS} of each kind and {2
 """
 
 
-def write(measured: Path, target: Path) -> None:
-    """Write the card for the figures in ``measured`` to ``target``."""
-    target.write_text(card(json.loads(measured.read_text())))
+def write(models: Path) -> None:
+    """Write the card of the measured ``models`` beside them."""
+    figures, history = (json.loads((models / name).read_text()) for name in ("measured.json", "training.json"))
+    (models / "README.md").write_text(card(figures, history))

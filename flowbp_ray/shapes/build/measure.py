@@ -68,7 +68,7 @@ def measure_checker(backbone: SD3Backbone | None, number: int, seed: int = 10) -
 
 @torch.no_grad()
 def measure_preferences(score: Callable[[Tensor, list[str]], Tensor], number: int, seed: int = 11) -> dict[str, float]:
-    """Share of held-out comparisons decided rightly: each kind, and ``overall`` as the kinds come in training."""
+    """Share of held-out comparisons decided rightly: each kind, and ``overall`` with the kinds evenly."""
     shares = {}
     for index, kind in enumerate(tqdm((*KINDS, None), desc="comparisons", unit="kind")):
         rng = np.random.default_rng([seed, index])
@@ -103,36 +103,36 @@ def at_80_percent(work: Path, finished: Path, device: str) -> SD3Backbone:
         return SD3Backbone.from_pretrained(folder, device=device)
 
 
-def training_figures(work: Path) -> dict[str, float]:
-    """Steps, last loss and seconds (over all of its sittings) of a finished stage, from its log."""
+def trained(work: Path) -> dict[str, Any]:
+    """Schedule, steps done, last loss and minutes (over all of its sittings) of a finished stage, from its folder."""
     rows = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
     seconds = sum(
         b["seconds"] - (a["seconds"] if b["seconds"] > a["seconds"] else 0)
         for a, b in zip([{"seconds": 0}, *rows], rows, strict=False)
     )
-    return {"steps": rows[-1]["step"], "loss": rows[-1]["loss"], "minutes": round(seconds / 60, 1)}
+    schedule = json.loads((work / "schedule.json").read_text())
+    return schedule | {"steps": rows[-1]["step"], "loss": rows[-1]["loss"], "minutes": round(seconds / 60, 1)}
 
 
-def forget(file: Path, stage: str, further: bool) -> None:
-    """Drop the figures that a newly trained stage makes untrue; ``further`` if it went on from the measured model."""
-    if not file.exists():
+def record(models: Path, stage: str, figures: dict[str, Any], further: bool) -> None:
+    """Put a finished stage's training into ``training.json``, after its earlier ones if it went ``further``, and drop
+    the measured figures that are no longer true."""
+    history, measured = models / "training.json", models / "measured.json"
+    rows = json.loads(history.read_text()) if history.exists() else []
+    rows = [r for r in rows if further or r["part"] != stage] + [{"part": stage, **figures}]
+    history.write_text(json.dumps(rows, indent=1) + "\n")
+    if not measured.exists():
         return
-    figures = json.loads(file.read_text())
     stale = {"autoencoder": ("checker",), "base": ("guidance", "best_guidance", "six_tasks")}.get(
         stage, (f"comparisons_{stage}",)
     )
-    trained = figures.pop(f"training_{stage}", None)
-    if further and trained is not None:
-        earlier = figures.get(f"earlier_{stage}", {"steps": 0, "minutes": 0})
-        figures[f"earlier_{stage}"] = {k: earlier[k] + trained[k] for k in earlier}
-    else:
-        figures.pop(f"earlier_{stage}", None)
-    figures = {k: v for k, v in figures.items() if not k.startswith((*stale, "parameters"))}
-    file.write_text(json.dumps(figures, indent=1) + "\n")
+    kept = {k: v for k, v in json.loads(measured.read_text()).items() if not k.startswith((*stale, "parameters"))}
+    measured.write_text(json.dumps(kept, indent=1) + "\n")
 
 
-def measure(work: Path, models: Path, file: Path, device: str) -> None:
-    """Measure all parts in ``models`` and write the figures to ``file``, part by part (finished ones are kept)."""
+def measure(work: Path, models: Path, device: str) -> None:
+    """Measure all parts in ``models`` and write ``measured.json`` there, part by part (finished ones are kept)."""
+    file = models / "measured.json"
     figures = json.loads(file.read_text()) if file.exists() else {}
 
     def part(name: str, run: Callable[[], Any]) -> Any:
@@ -152,8 +152,6 @@ def measure(work: Path, models: Path, file: Path, device: str) -> None:
     part("six_tasks_at_80_percent", lambda: six(at_80_percent(work / "base", models / "base", device), best, FINAL))
     for name in ("reward", "judge"):
         part(f"comparisons_{name}", partial(measure_preferences, CLIPScore(models / name), PAIRS))
-    for name in ("autoencoder", "base", "reward", "judge"):
-        part(f"training_{name}", partial(training_figures, work / name))
     part("parameters", partial(count_parameters, models))
 
 

@@ -35,13 +35,15 @@ class Size:
 
 PATCH = 8
 REWARD, JUDGE = Size(96, 3, 3, steps=6000), Size(128, 3, 4, steps=6000)
+PLACE_ALONE = 600  # steps
 SCHEDULE = Schedule(steps=REWARD.steps, batch=24, learning_rate=1e-3, decay=0.6)
 
 
 class Comparisons(Dataset):
     """Fresh comparisons of training captions, a batch for every step number.
 
-    The contrastive loss fades out over the first ``contrastive`` steps.
+    The contrastive loss fades out over the first ``contrastive`` steps. The ``PLACE_ALONE`` steps after that compare
+    places alone: among other pairs a model does not begin to tell "left of" from "right of".
     """
 
     def __init__(self, tokenizer: CLIPTokenizer, seed: int, batch: int, contrastive: int) -> None:
@@ -49,7 +51,8 @@ class Comparisons(Dataset):
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([self.seed, step])
-        pairs = [random_pair("training", rng) for _ in range(self.batch)]
+        kind = "place" if self.contrastive <= step < self.contrastive + PLACE_ALONE else None
+        pairs = [random_pair("training", rng, kind) for _ in range(self.batch)]
         texts = [p.caption for p in pairs] + [p.worse_caption or p.caption for p in pairs]
         pictures = np.stack([p.better for p in pairs] + [p.worse for p in pairs]).astype(np.float32) / 255
         # Light noise on both: what is compared is the content, and decoded pictures are never this clean.
