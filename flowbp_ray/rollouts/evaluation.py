@@ -8,14 +8,13 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from ray import serve
 from ray.data import ActorPoolStrategy
 
 from flowbp_ray.backbones.sd3 import DTYPES, SD3Backbone
 from flowbp_ray.config import AlignConfig
-from flowbp_ray.rollouts.sampler import Block
+from flowbp_ray.rollouts.batches import Block
+from flowbp_ray.rollouts.stages import Examiner
 from flowbp_ray.shapes.captions import TASKS, evaluation_prompts
-from flowbp_ray.shapes.checker import check
 from flowbp_ray.shapes.evaluation import Score, six_tasks
 from flowbp_ray.training.adapter import EXPORT_FILE, load_export
 
@@ -46,20 +45,6 @@ class Painter:
             width=self.sampling.width,
         )
         return block | {"latents": latents.cpu().numpy()}
-
-
-class Examiner:
-    """Has the pictures decoded and scored by the reward service, and checks them."""
-
-    def __init__(self, application: str) -> None:
-        self.service = serve.get_app_handle(application)
-
-    def __call__(self, block: Block) -> Block:
-        """Scores and the checker's verdicts in place of the latents."""
-        prompts = block["prompt"].tolist()
-        seen = self.service.look.remote(np.ascontiguousarray(block.pop("latents")), prompts).result(timeout_s=600)
-        verdicts = [check(picture, prompt).right for picture, prompt in zip(seen["pictures"], prompts, strict=True)]
-        return {"task": block["task"], "right": np.array(verdicts), **{f"reward/{k}": v for k, v in seen["components"].items()}}
 
 
 def evaluate(

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from flowbp_ray.rollouts.sampler import Policy
+from flowbp_ray.rollouts.batches import Policy
 
 
 class PolicyStore:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,40 +9,11 @@ from torch import Tensor
 
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.randomness import prompt_indices, seed_of
+from flowbp_ray.rollouts.batches import Block, MicroBatch, Policy
 from flowbp_ray.rollouts.plans import plan_of
 from flowbp_ray.rollouts.rollout import roll_out
 from flowbp_ray.surrogate.inputs import reward_inputs, sample_weights
-from flowbp_ray.training.adapter import State, adapted, checksum, read, write
-
-#: Columns of a micro-batch: numpy arrays whose first axis is the sample.
-Block = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Policy:
-    """The adapter's weights after ``version`` updates, and their checksum where they were made."""
-
-    version: int
-    state: State
-    checksum: str
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Samples ``part · size … (part + 1) · size`` of one step, made by policy ``version``."""
-
-    step: int
-    part: int
-    version: int
-    samples: tuple[int, ...]
-
-    @classmethod
-    def of(cls, config: AlignConfig, number: int) -> "MicroBatch":
-        """The ``number``-th of the run: steps one after the other, each in ``batch / micro_batch`` parts."""
-        train = config.train
-        step, part = divmod(number, train.batch // train.micro_batch)
-        samples = tuple(range(part * train.micro_batch, (part + 1) * train.micro_batch))
-        return cls(step, part, max(0, step - train.policy_lag), samples)
+from flowbp_ray.training.adapter import adapted, checksum, read, write
 
 
 class Sampler:
@@ -95,7 +65,7 @@ class Sampler:
         if version == self.version:
             return
         policy = self.fetch(version)
-        write(self.backbone.transformer, policy.state)
+        write(self.backbone.transformer, {k: torch.tensor(v) for k, v in policy.state.items()})
         held = checksum(read(self.backbone.transformer))
         if held != policy.checksum:
             raise RuntimeError(

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from flowbp_ray.config import AlignConfig
+from flowbp_ray.rollouts.batches import Block, Policy, policy_version
 from flowbp_ray.rollouts.plans import plan_of
-from flowbp_ray.rollouts.sampler import Block, Policy
 from flowbp_ray.surrogate.backward import Guidance
 from flowbp_ray.surrogate.plan import Plan
 from flowbp_ray.training import adapter
@@ -44,11 +44,11 @@ class Learner:
     def policy(self) -> Policy:
         """The raw weights as samplers load them."""
         state = adapter.read(self.backbone.transformer)
-        return Policy(self.version, state, adapter.checksum(state))
+        return Policy(self.version, {k: v.numpy() for k, v in state.items()}, adapter.checksum(state))
 
     def accumulate(self, block: Block) -> None:
         """Add a micro-batch's share of the step's gradient; RuntimeError if it is of another step or policy version."""
-        version = max(0, self.version - self.config.train.policy_lag)
+        version = policy_version(self.config, self.version)
         if (block["step"] != self.version).any() or (block["version"] != version).any():
             raise RuntimeError(
                 f"step {self.version} was given samples of step {sorted(set(block['step'].tolist()))} "

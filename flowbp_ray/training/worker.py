@@ -14,7 +14,7 @@ from ray.actor import ActorHandle
 from torch import Tensor
 
 from flowbp_ray.config import AlignConfig
-from flowbp_ray.rollouts.sampler import Block
+from flowbp_ray.rollouts.batches import Block, policy_version
 from flowbp_ray.training.learner import Learner
 
 
@@ -63,7 +63,7 @@ def train_loop(job: Job) -> None:
             seconds |= {stage: figures.pop(f"{stage}_seconds") for stage in ("sampling", "reward")}
             seconds["update"] = seconds["step"] - seconds["waiting"]
             metrics = {k: v / config.train.batch for k, v in figures.items()}
-            metrics |= {"grad_norm": norm, "policy_version": max(0, step - config.train.policy_lag)}
+            metrics |= {"grad_norm": norm, "policy_version": policy_version(config, step)}
             metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
             metrics |= {f"active/{k}": a.index for k, a in enumerate(plan.active)}
             ray.get(job.tracker.metrics.remote(metrics, step))

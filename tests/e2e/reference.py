@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from flowbp_ray.rollouts.batches import MicroBatch
 from flowbp_ray.rollouts.prompts import read_prompts
-from flowbp_ray.rollouts.sampler import MicroBatch, Sampler
+from flowbp_ray.rollouts.sampler import Sampler
 from flowbp_ray.training.learner import Learner
 from serve.rewards import Rewards
 

@@ -1,0 +1,60 @@
+"""The stages of the stream that hold no model: admission, rewards, and an evaluation's verdicts. Without torch, to start fast."""
+
+import time
+
+import numpy as np
+import ray
+from ray import serve
+from ray.actor import ActorHandle
+
+from flowbp_ray.config import AlignConfig
+from flowbp_ray.rollouts.batches import Block, MicroBatch
+from flowbp_ray.shapes.checker import check
+
+ANSWER_WITHIN = 600  # seconds, for one micro-batch's rewards
+
+
+class Admission:
+    """Lets a micro-batch pass when its policy version exists."""
+
+    def __init__(self, config: AlignConfig, store: ActorHandle) -> None:
+        self.config, self.store = config, store
+
+    def __call__(self, block: Block) -> Block:
+        """The same block, later."""
+        ray.get(self.store.admit.remote(MicroBatch.of(self.config, int(block["number"][0])).version))
+        return block
+
+
+class RewardStage:
+    """Asks the reward service: one request a reward input, with the whole micro-batch."""
+
+    def __init__(self, application: str) -> None:
+        self.service = serve.get_app_handle(application)
+
+    def __call__(self, block: Block) -> Block:
+        """Scores and gradients in place of the reward inputs."""
+        began = time.perf_counter()
+        inputs, prompts = block.pop("inputs"), block["prompt"].tolist()
+        pending = [self.service.score.remote(np.ascontiguousarray(inputs[:, m]), prompts) for m in range(inputs.shape[1])]
+        answers = [p.result(timeout_s=ANSWER_WITHIN) for p in pending]
+        block["gradients"] = np.stack([a["gradient"] for a in answers], 1)  # (B, reward inputs, C, h, w)
+        block["objective"] = np.mean([a["objective"] for a in answers], 0)
+        for name in answers[0]["components"]:
+            block[f"reward/{name}"] = np.mean([a["components"][name] for a in answers], 0)
+        block["reward_seconds"] = np.full(len(prompts), (time.perf_counter() - began) / len(prompts))
+        return block
+
+
+class Examiner:
+    """Has the pictures decoded and scored by the reward service, and checks them."""
+
+    def __init__(self, application: str) -> None:
+        self.service = serve.get_app_handle(application)
+
+    def __call__(self, block: Block) -> Block:
+        """Scores and the checker's verdicts in place of the latents."""
+        prompts = block["prompt"].tolist()
+        seen = self.service.look.remote(np.ascontiguousarray(block.pop("latents")), prompts).result(timeout_s=ANSWER_WITHIN)
+        verdicts = [check(picture, prompt).right for picture, prompt in zip(seen["pictures"], prompts, strict=True)]
+        return {"task": block["task"], "right": np.array(verdicts), **{f"reward/{k}": v for k, v in seen["components"].items()}}

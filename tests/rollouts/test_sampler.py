@@ -1,0 +1,88 @@
+"""A sampler in this process, on a tiny random pipeline."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flowbp_ray.config import load
+from flowbp_ray.rollouts.plans import plan_of
+from flowbp_ray.rollouts.sampler import Sampler
+from flowbp_ray.training.learner import Learner
+
+CONFIG = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
+PROMPTS = ["a red ring", "two circles", "a cross above a square", "a blue square"]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_pipeline):
+    settings = ("train.batch=6", "train.micro_batch=3", "sampling.steps=5", "surrogate.active_steps=2", "adapter.rank=4")
+    return load(CONFIG, [*settings, f"model.path={tiny_pipeline}"])
+
+
+@pytest.fixture(scope="module")
+def policies(config):
+    """Version 0 as it starts, version 1 elsewhere."""
+    learner = Learner(config)
+    first = learner.policy()
+    for parameter in learner.parameters:
+        torch.nn.init.normal_(parameter, std=0.3)
+    learner.version = 1
+    return [first, learner.policy()]
+
+
+def number(n):
+    return {"number": np.array([n])}
+
+
+def test_a_block_has_what_the_step_needs(config, policies):
+    sampler = Sampler(config, PROMPTS, policies.__getitem__)
+    block = sampler(number(3))
+    assert (set(block["step"]), set(block["part"]), set(block["version"])) == ({1}, {1}, {1})
+    assert block["sample"].tolist() == [3, 4, 5]
+    assert block["latents"].shape == (3, 2, 4, 16, 16)
+    assert block["inputs"].shape == (3, 1, 4, 16, 16)
+    assert block["weight"].tolist() == [1, 1, 1]
+    assert set(block["prompt"]) <= set(PROMPTS)
+
+
+def test_the_reward_sees_what_the_backbone_samples(config, policies):
+    sampler = Sampler(config, PROMPTS, policies.__getitem__)
+    block = sampler(number(0))
+    plan = plan_of(config, sampler.sigmas, 0)
+    noise = block["latents"][:, 0] if plan.active[0].index == 0 else None
+    seeds = [_seed(config, s) for s in block["sample"]]
+    sampled = sampler.backbone.sample_latents(
+        block["prompt"].tolist(), seeds, steps=5, guidance_scale=config.sampling.guidance_scale, height=64, width=64
+    )
+    np.testing.assert_allclose(block["inputs"][:, 0], sampled, atol=1e-5)
+    assert noise is None or noise.std() == pytest.approx(1, abs=0.1)
+
+
+def _seed(config, sample):
+    from flowbp_ray.randomness import seed_of
+
+    return seed_of(config.train.seed, 0, int(sample), "noise")
+
+
+def test_who_samples_and_what_was_sampled_before_make_no_difference(config, policies):
+    one, other = (Sampler(config, PROMPTS, policies.__getitem__) for _ in range(2))
+    one(number(0))
+    one(number(2))
+    for column, values in one(number(3)).items():
+        if column != "sampling_seconds":
+            np.testing.assert_array_equal(values, other(number(3))[column])
+
+
+def test_the_policy_makes_a_difference(config, policies):
+    before = Sampler(config, PROMPTS, lambda version: dataclasses.replace(policies[0], version=version))
+    after = Sampler(config, PROMPTS, policies.__getitem__)
+    assert np.abs(before(number(2))["inputs"] - after(number(2))["inputs"]).max() > 1e-3
+
+
+def test_a_push_that_did_not_arrive_is_an_error(config, policies):
+    wrong = dataclasses.replace(policies[1], checksum="0" * 64)
+    with pytest.raises(RuntimeError, match="not 000000000000, after loading policy version 1"):
+        Sampler(config, PROMPTS, lambda _: wrong)(number(2))

@@ -1,0 +1,113 @@
+"""The learner in this process, on a tiny random pipeline."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flowbp_ray.config import load
+from flowbp_ray.rollouts.sampler import Sampler
+from flowbp_ray.training import adapter
+from flowbp_ray.training.learner import Learner
+
+CONFIG = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
+PROMPTS = ["a red ring", "two circles", "a cross above a square", "a blue square"]
+
+
+def configured(tiny_pipeline, *overrides):
+    settings = ("train.batch=4", "train.micro_batch=4", "sampling.steps=5", "surrogate.active_steps=2", "adapter.rank=4")
+    return load(CONFIG, [*settings, f"model.path={tiny_pipeline}", *overrides])
+
+
+def block_of(config, learner, part=0):
+    """One micro-batch of the step that the learner is at, with made-up reward gradients."""
+    sampler = Sampler(config, PROMPTS, lambda _: learner.policy())
+    parts = config.train.batch // config.train.micro_batch
+    block = sampler({"number": np.array([learner.version * parts + part])})
+    rng = np.random.default_rng([learner.version, part])
+    return block | {"gradients": rng.standard_normal(block["inputs"].shape).astype(np.float32)}
+
+
+def test_an_update_climbs_the_objective(tiny_pipeline):
+    config = configured(tiny_pipeline, "train.learning_rate=1e-3")
+    learner = Learner(config)
+    block = block_of(config, learner)
+    learner.accumulate(block)
+    assert learner.update() > 0
+    assert learner.version == 1
+    after = Sampler(config, PROMPTS, lambda _: learner.policy())
+    after.config = config.model_copy(update={"train": config.train.model_copy(update={"policy_lag": 1})})
+    after.version = -1
+    moved = after({"number": np.array([0])})["inputs"] - block["inputs"]
+    assert (moved * block["gradients"]).sum() > 0
+
+
+def test_micro_batches_add_up_to_the_batch(tiny_pipeline):
+    gradients = []
+    for size in (4, 2):
+        config = configured(tiny_pipeline, f"train.micro_batch={size}")
+        learner = Learner(config)
+        whole = block_of(configured(tiny_pipeline), learner)
+        for start in range(0, 4, size):
+            learner.accumulate({k: v[start : start + size] for k, v in whole.items()})
+        gradients.append(torch.cat([p.grad.flatten() for p in learner.parameters]))
+    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm()
+
+
+def test_the_gradients_of_all_workers_are_added_before_the_cut(tiny_pipeline):
+    config = configured(tiny_pipeline, "train.max_grad_norm=1e-6")
+    learner, alone = Learner(config), Learner(config)
+    block = block_of(config, learner)
+    for one in (learner, alone):
+        one.accumulate(block)
+    assert learner.update(lambda flat: flat.mul_(3)) == pytest.approx(3 * alone.update(), rel=1e-5)
+
+
+def test_the_average_follows_and_the_preview_uses_it(tiny_pipeline):
+    config = configured(tiny_pipeline, "train.ema=0.5", "train.learning_rate=0.05")
+    learner = Learner(config)
+    start = adapter.read(learner.backbone.transformer)
+    learner.accumulate(block_of(config, learner))
+    learner.update()
+    raw = adapter.read(learner.backbone.transformer)
+    for name, averaged in learner.averaged.items():
+        torch.testing.assert_close(averaged, (start[name] + raw[name]) / 2)
+    shown = learner.preview(["a red ring"], [1])
+    assert adapter.checksum(adapter.read(learner.backbone.transformer)) == adapter.checksum(raw)
+    adapter.write(learner.backbone.transformer, learner.averaged)
+    settings = {"steps": 5, "guidance_scale": config.sampling.guidance_scale, "height": 64, "width": 64}
+    assert torch.equal(shown, learner.backbone.sample_latents(["a red ring"], [1], **settings))
+
+
+def test_samples_of_another_step_are_refused(tiny_pipeline):
+    config = configured(tiny_pipeline)
+    learner = Learner(config)
+    block = block_of(config, learner)
+    learner.version = 1
+    with pytest.raises(RuntimeError, match=r"step 1 was given samples of step \[0\] and policy version \[0\], not 1"):
+        learner.accumulate(block)
+
+
+def test_a_gradient_that_is_not_finite_makes_no_update(tiny_pipeline):
+    config = configured(tiny_pipeline)
+    learner = Learner(config)
+    block = block_of(config, learner)
+    block["gradients"][0, 0, 0, 0, 0] = np.inf
+    before = adapter.checksum(adapter.read(learner.backbone.transformer))
+    learner.accumulate(block)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        learner.update()
+    assert adapter.checksum(adapter.read(learner.backbone.transformer)) == before
+    assert learner.version == 0
+
+
+def test_a_checkpoint_is_an_adapter_that_can_be_started_from(tiny_pipeline, tmp_path):
+    config = configured(tiny_pipeline, "train.learning_rate=0.05", "evaluation.weights=raw")
+    learner = Learner(config)
+    learner.accumulate(block_of(config, learner))
+    learner.update()
+    learner.save(tmp_path)
+    again = Learner(configured(tiny_pipeline, f"adapter.init_from={tmp_path}"))
+    assert again.policy().checksum == learner.policy().checksum
+    assert adapter.checksum(again.averaged) == learner.policy().checksum
