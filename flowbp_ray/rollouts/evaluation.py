@@ -1,50 +1,18 @@
 """Evaluation on Ray Data: the same prompts, seeds, guidance and grid, whatever the adapter is."""
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import ray
-import torch
 from ray.data import ActorPoolStrategy
 
-from flowbp_ray.backbones.sd3 import DTYPES, SD3Backbone
 from flowbp_ray.config import AlignConfig
-from flowbp_ray.rollouts.batches import Block
-from flowbp_ray.rollouts.stages import Examiner
+from flowbp_ray.rollouts.stages import Examiner, Painter
 from flowbp_ray.shapes.captions import TASKS, evaluation_prompts
 from flowbp_ray.shapes.evaluation import Score, six_tasks
-from flowbp_ray.training.adapter import EXPORT_FILE, load_export
 
 SEEDS_APART = 1_000_000  # between two evaluation seeds: more than there are pictures of a task
-
-
-class Painter:
-    """Samples finished latents with an exported adapter (its file's bytes), or with the base model."""
-
-    def __init__(self, config: AlignConfig, exported: bytes | None) -> None:
-        torch.set_num_threads(config.cluster.threads)
-        device = "cuda" if config.cluster.sampler_gpus else "cpu"
-        model, self.sampling = config.model, config.sampling
-        self.backbone = SD3Backbone.from_pretrained(model.source, DTYPES[model.dtype], device, model.revision)
-        if exported is not None:
-            with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / EXPORT_FILE).write_bytes(exported)
-                load_export(self.backbone, Path(folder))
-
-    def __call__(self, block: Block) -> Block:
-        """Add finished latents to ``prompt`` and ``seed``."""
-        latents = self.backbone.sample_latents(
-            block["prompt"].tolist(),
-            block["seed"].tolist(),
-            steps=self.sampling.steps,
-            guidance_scale=self.sampling.guidance_scale,
-            height=self.sampling.height,
-            width=self.sampling.width,
-        )
-        return block | {"latents": latents.cpu().numpy()}
 
 
 def evaluate(

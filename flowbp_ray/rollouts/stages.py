@@ -1,6 +1,12 @@
-"""The stages of the stream that hold no model: admission, rewards, and an evaluation's verdicts. Without torch, to start fast."""
+"""The stages of streams on Ray Data, one class each.
 
+Ray imports this module in every process that passes a stage on, so what loads torch is imported where a model is loaded.
+"""
+
+import tempfile
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import ray
@@ -26,6 +32,19 @@ class Admission:
         return block
 
 
+class SamplerStage:
+    """A `Sampler` that fetches its policies from the store."""
+
+    def __init__(self, config: AlignConfig, prompts: Sequence[str], store: ActorHandle) -> None:
+        from flowbp_ray.rollouts.sampler import Sampler
+
+        self.sampler = Sampler(config, prompts, lambda version: ray.get(store.fetch.remote(version)))
+
+    def __call__(self, block: Block) -> Block:
+        """Roll out a micro-batch."""
+        return self.sampler(block)
+
+
 class RewardStage:
     """Asks the reward service: one request a reward input, with the whole micro-batch."""
 
@@ -44,6 +63,37 @@ class RewardStage:
             block[f"reward/{name}"] = np.mean([a["components"][name] for a in answers], 0)
         block["reward_seconds"] = np.full(len(prompts), (time.perf_counter() - began) / len(prompts))
         return block
+
+
+class Painter:
+    """Samples finished latents with an exported adapter (its file's bytes), or with the base model."""
+
+    def __init__(self, config: AlignConfig, exported: bytes | None) -> None:
+        import torch
+
+        from flowbp_ray.backbones.sd3 import DTYPES, SD3Backbone
+        from flowbp_ray.training.adapter import EXPORT_FILE, load_export
+
+        torch.set_num_threads(config.cluster.threads)
+        device = "cuda" if config.cluster.sampler_gpus else "cpu"
+        model, self.sampling = config.model, config.sampling
+        self.backbone = SD3Backbone.from_pretrained(model.source, DTYPES[model.dtype], device, model.revision)
+        if exported is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / EXPORT_FILE).write_bytes(exported)
+                load_export(self.backbone, Path(folder))
+
+    def __call__(self, block: Block) -> Block:
+        """Add finished latents to ``prompt`` and ``seed``."""
+        latents = self.backbone.sample_latents(
+            block["prompt"].tolist(),
+            block["seed"].tolist(),
+            steps=self.sampling.steps,
+            guidance_scale=self.sampling.guidance_scale,
+            height=self.sampling.height,
+            width=self.sampling.width,
+        )
+        return block | {"latents": latents.cpu().numpy()}
 
 
 class Examiner:

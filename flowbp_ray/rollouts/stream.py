@@ -11,15 +11,7 @@ from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, Dataset
 
 from flowbp_ray.config import AlignConfig
-from flowbp_ray.rollouts.sampler import Sampler
-from flowbp_ray.rollouts.stages import Admission, RewardStage
-
-
-class StreamedSampler(Sampler):
-    """A sampler that fetches its policies from the store."""
-
-    def __init__(self, config: AlignConfig, prompts: Sequence[str], store: ActorHandle) -> None:
-        super().__init__(config, prompts, lambda version: ray.get(store.fetch.remote(version)))
+from flowbp_ray.rollouts.stages import Admission, RewardStage, SamplerStage
 
 
 def rollouts(config: AlignConfig, prompts: Sequence[str], store: ActorHandle, application: str) -> Dataset:
@@ -35,7 +27,7 @@ def rollouts(config: AlignConfig, prompts: Sequence[str], store: ActorHandle, ap
     return (
         source.map_batches(Admission, fn_constructor_args=(config, store), compute=pool(1), num_cpus=0.01, **whole)
         .map_batches(
-            StreamedSampler,
+            SamplerStage,
             fn_constructor_args=(config, prompts, store),
             compute=pool(cluster.samplers),
             num_cpus=cluster.sampler_cpus,
