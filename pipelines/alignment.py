@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ def trained(
     # Not in the main thread: there Ray Train would take Ctrl-C for itself and end the process before anything is cleaned up.
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    with tqdm(total=config.train.steps, desc="align", unit="step") as bar:
+    with progress(config.train.steps, "starting samplers and train workers", "step") as bar:
         while thread.is_alive():
             thread.join(0.5)
             follow(bar, ray.get(tracker.progress.remote()))
@@ -150,14 +151,19 @@ def trained(
     return outcome
 
 
+def progress(total: int, what: str, unit: str) -> tqdm:
+    """A bar; in a log, where each state of it is a line of its own, it moves twice a minute."""
+    return tqdm(total=total, desc=what, unit=unit, mininterval=0.5 if sys.stderr.isatty() else 30)
+
+
 def follow(bar: tqdm, newest: tuple[int, dict[str, float]] | None) -> None:
     """Put a step's figures on the bar."""
-    if newest is None:
-        bar.set_postfix_str("starting samplers and train workers", refresh=True)
+    if newest is None or bar.n == newest[0] + 1:
         return
     step, figures = newest
     rewards = {k.removeprefix("reward/"): f"{v:.2f}" for k, v in figures.items() if k.startswith("reward/")}
     if bar.n == 0:
+        bar.set_description("align", refresh=False)
         bar.unpause()  # the time left is counted from the first step on
     bar.set_postfix(rewards, refresh=False)
     bar.update(step + 1 - bar.n)
@@ -167,7 +173,7 @@ def judged(
     config: AlignConfig, name: str, rewards: str, exported: bytes | None, tracker: ActorHandle, step: int
 ) -> dict[str, Score]:
     """Evaluate, and log the figures."""
-    with tqdm(total=config.evaluation.per_task * len(TASKS), desc=f"evaluate {name}", unit="picture") as bar:
+    with progress(config.evaluation.per_task * len(TASKS), f"evaluate {name}", "picture") as bar:
         scores = evaluate(config, rewards, exported, bar.update)
     figures = {f"eval/{name}/{k}": s.value for k, s in scores.items()}
     figures |= {f"eval/{name}/{k}_error": s.error for k, s in scores.items()}

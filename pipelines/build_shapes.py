@@ -69,12 +69,13 @@ def main() -> None:
     common = {"device": args.device, "workers": args.workers}
     vae = target / "base" / "vae" if args.further else work / "autoencoder" / "vae"
     preferences = partial(preference_model.build, further=args.further, **common)
+    earlier = measure.steps_done(target, "base") if args.further else 0
     steps = {} if args.steps is None else {"steps": args.steps}
     reward, judge = replace(preference_model.REWARD, **steps), replace(preference_model.JUDGE, **steps)
     autoencoder.SCHEDULE, base.SCHEDULE = replace(autoencoder.SCHEDULE, **steps), replace(base.SCHEDULE, **steps)
     builds: dict[str, Callable[[], None]] = {
         "autoencoder": partial(autoencoder.build, work / "autoencoder", work / "autoencoder" / "vae", seed=args.seed, **common),
-        "base": partial(base.build, work / "base", target / "base", vae, args.further, seed=args.seed + 3, **common),
+        "base": partial(base.build, work / "base", target / "base", vae, earlier, seed=args.seed + 3, **common),
         "reward": partial(preferences, work / "reward", target / "reward", reward, seed=args.seed + 1),
         "judge": partial(preferences, work / "judge", target / "judge", judge, seed=args.seed + 2),
         "measure": partial(measure.measure, work, target, args.device),

@@ -19,7 +19,7 @@ def rollouts(config: AlignConfig, prompts: Sequence[str], store: ActorHandle, ap
     cluster = config.cluster
     number = config.train.steps * config.train.batch // config.train.micro_batch
     source = ray.data.from_arrow([pa.table({"number": [n]}) for n in range(number)])
-    whole = {"batch_size": None, "batch_format": "numpy", "max_restarts": -1, "max_task_retries": -1}
+    whole = {"batch_size": None, "batch_format": "numpy"}  # a killed actor is restarted and its task repeated, by default
 
     def pool(size: int) -> ActorPoolStrategy:
         return ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1)

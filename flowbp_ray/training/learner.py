@@ -31,6 +31,8 @@ class Learner:
         self.optimizer = AdamW(
             self.parameters, lr=train.learning_rate, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
         )
+        # Summed in float64, so that the float32 gradient does not depend on how a step's micro-batches are shared out.
+        self.gradient = torch.zeros(sum(p.numel() for p in self.parameters), dtype=torch.float64, device=self.backbone.device)
         self.averaged = adapter.read(self.backbone.transformer)
         self.version = 0
         surrogate = config.surrogate
@@ -69,19 +71,22 @@ class Learner:
             batch=self.config.train.batch,
             velocity_penalty=self.config.train.velocity_penalty,
         )
+        gradients = [p.grad for p in self.parameters]
+        if missing := sum(g is None for g in gradients):
+            raise RuntimeError(f"{missing} of {len(gradients)} adapter parameters received no gradient in step {self.version}")
+        self.gradient += torch.cat([g.flatten() for g in gradients if g is not None])
+        self.optimizer.zero_grad(set_to_none=True)
 
     def update(self, add_up: Callable[[Tensor], None] | None = None) -> float:
         """One step of AdamW and of the average; returns the gradient's norm before it is cut.
 
-        ``add_up`` replaces the flat gradient in place by its sum over all train workers. FloatingPointError where it is
-        not finite; no update is made then.
+        ``add_up`` replaces the flat float64 gradient in place by its sum over all train workers. FloatingPointError where
+        it is not finite; no update is made then.
         """
-        gradients = [p.grad for p in self.parameters]
-        if missing := sum(g is None for g in gradients):
-            raise RuntimeError(f"{missing} of {len(gradients)} adapter parameters received no gradient in step {self.version}")
-        flat = torch.cat([g.flatten() for g in gradients if g is not None])
         if add_up is not None:
-            add_up(flat)
+            add_up(self.gradient)
+        flat = self.gradient.float()
+        self.gradient.zero_()
         norm = clip_by_norm([flat], self.config.train.max_grad_norm)
         for parameter, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
             parameter.grad = part.view_as(parameter)

@@ -28,7 +28,7 @@ def built(tmp_path_factory):
         patch.setattr(base, "BANK", 100)
         patch.setattr(loop, "LOG_EVERY", 2)
         autoencoder.build(work / "autoencoder", work / "autoencoder" / "vae", seed=0, **COMMON)
-        base.build(work / "base", models / "base", work / "autoencoder" / "vae", False, seed=0, **COMMON)
+        base.build(work / "base", models / "base", work / "autoencoder" / "vae", 0, seed=0, **COMMON)
         for name, size in (("reward", preference_model.REWARD), ("judge", preference_model.JUDGE)):
             preference_model.build(
                 work / name, models / name, dataclasses.replace(size, steps=10), further=False, seed=0, **COMMON
@@ -107,7 +107,7 @@ def test_training_goes_on_from_a_finished_pipeline(built):
             assert torch.equal(one, other)
 
 
-def tiny_run(work, steps_then, resumes, muon=False):
+def tiny_run(work, steps_then, resumes, muon=False, keep_after=None):
     """Two linear layers on random data: run to each step of ``resumes`` in turn, then return the weights."""
 
     class Numbers(torch.utils.data.Dataset):
@@ -122,7 +122,9 @@ def tiny_run(work, steps_then, resumes, muon=False):
         torch.manual_seed(1)
         layers = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1))
         schedule = loop.Schedule(steps=steps_then, batch=4, learning_rate=0.1, warmup=2, average=0.9, muon=muon)
-        model = loop.train(layers, Numbers(), loss, schedule, work, seed=0, stop_after=stop, **COMMON)
+        model = loop.train(
+            layers, Numbers(), loss, schedule, work, seed=0, stop_after=stop, keep_after=keep_after, **COMMON
+        )
     return torch.cat([p.flatten() for p in model.parameters()])
 
 
@@ -133,6 +135,17 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path, muo
     assert torch.equal(whole, parts)
     assert not torch.equal(whole, tiny_run(tmp_path / "shorter", 19, [], muon))
     assert not torch.equal(whole, tiny_run(tmp_path / "other", 20, [], not muon))
+
+
+@pytest.mark.parametrize("kept", [0, 7])
+def test_the_averaged_weights_of_a_step_are_kept(tmp_path, kept):
+    tiny_run(tmp_path, 10, [3, 8], keep_after=kept)
+    torch.manual_seed(1)
+    start = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)).state_dict()
+    weights = torch.load(tmp_path / "kept.pt", weights_only=True)
+    assert torch.equal(weights["1.weight"], start["1.weight"]) == (kept == 0)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)["averaged"]
+    assert not torch.equal(weights["1.weight"], state["module.1.weight"])
 
 
 def test_muon_computes_in_float32():

@@ -72,12 +72,14 @@ def train(
     device: str,
     workers: int,
     stop_after: int | None = None,
+    keep_after: int | None = None,
 ) -> nn.Module:
     """Train ``model`` and return its averaged copy.
 
     ``batches[step]`` is the batch of a step, so a resumed run sees what an undisturbed one would.
     State goes to ``work/state.pt`` every 250 steps and the losses to ``work/log.jsonl``; a run that finds
-    its state goes on from there. ``stop_after`` ends the run early at a step, keeping the schedule.
+    its state goes on from there. ``stop_after`` ends the run early at a step, keeping the schedule. The averaged
+    weights after ``keep_after`` steps (0: those it starts from) stay in ``work/kept.pt``.
     """
     work.mkdir(parents=True, exist_ok=True)
     (work / "schedule.json").write_text(json.dumps(asdict(schedule)) + "\n")
@@ -99,6 +101,8 @@ def train(
         torch.save({"step": step} | {k: p.state_dict() for k, p in parts.items()}, state_file.with_suffix(".tmp"))
         state_file.with_suffix(".tmp").replace(state_file)
 
+    if start == keep_after == 0:
+        torch.save(averaged.module.state_dict(), work / "kept.pt")
     end = min(schedule.steps, stop_after or schedule.steps)
     loader = DataLoader(batches, batch_size=None, sampler=range(start, end), num_workers=workers)
     progress = tqdm(loader, desc=work.name, initial=start, total=schedule.steps, unit="step", mininterval=1.0)
@@ -122,8 +126,8 @@ def train(
             with (work / "log.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
             progress.set_postfix(loss=f"{row['loss']:.4f}")
-        if step + 1 == round(0.8 * schedule.steps):  # to measure what the last fifth of the training gained
-            torch.save(averaged.module.state_dict(), work / "at_80_percent.pt")
+        if step + 1 == keep_after:
+            torch.save(averaged.module.state_dict(), work / "kept.pt")
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == end:
             save(step + 1)
     return averaged.module.eval()

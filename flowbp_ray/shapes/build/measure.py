@@ -97,7 +97,7 @@ def at_80_percent(work: Path, finished: Path, device: str) -> SD3Backbone:
     pipeline = SD3Backbone.from_pretrained(finished).pipeline
     tokenizers = pipeline.tokenizer, pipeline.tokenizer_3
     model = base.Encoders(*tokenizers)
-    model.load_state_dict(torch.load(work / "at_80_percent.pt", weights_only=True, map_location="cpu"))
+    model.load_state_dict(torch.load(work / "kept.pt", weights_only=True, map_location="cpu"))
     with tempfile.TemporaryDirectory() as folder:
         base.save_pipeline(model, pipeline.vae, tokenizers, Path(folder))
         return SD3Backbone.from_pretrained(folder, device=device)
@@ -112,6 +112,12 @@ def trained(work: Path) -> dict[str, Any]:
     )
     schedule = json.loads((work / "schedule.json").read_text())
     return schedule | {"steps": rows[-1]["step"], "loss": rows[-1]["loss"], "minutes": round(seconds / 60, 1)}
+
+
+def steps_done(models: Path, stage: str) -> int:
+    """Training steps that the stage's committed model has had, by ``training.json``."""
+    history = models / "training.json"
+    return sum(r["steps"] for r in json.loads(history.read_text()) if r["part"] == stage) if history.exists() else 0
 
 
 def record(models: Path, stage: str, figures: dict[str, Any], further: bool) -> None:
