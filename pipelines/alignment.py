@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,13 +66,14 @@ def connect(config: AlignConfig) -> None:
 
 def align(config: AlignConfig, folder: Path) -> Outcome:
     """Run on the connected cluster and write to the new ``folder``. Whatever happens, nothing is left on the cluster."""
-    DataContext.get_current().enable_progress_bars = False
+    data = DataContext.get_current()
+    data.enable_progress_bars = False
+    data.raise_original_map_exception = True  # else what a stage says of bad input is lost among Ray's errors
     prompts = read_prompts(config.prompts)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     uri = tracking_uri(config.tracking.uri)
     tracker = (
         ray.remote(Tracker)
-        .options(num_cpus=0, scheduling_strategy=here)
+        .options(num_cpus=0, scheduling_strategy=on_this_node())
         .remote(uri, config.tracking.experiment, config.tracking.run_name, config.model_dump(mode="json"))
     )
     info: dict[str, str] = ray.get(tracker.info.remote())
@@ -130,25 +130,23 @@ def trained(
         # Which rank gets which micro-batch depends on the order alone.
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
     )
-    done: list[Result | Exception] = []
-
-    def fit() -> None:
-        try:
-            done.append(trainer.fit())
-        except Exception as error:  # handed to the main thread, which raises it
-            done.append(error)
-
-    # Not in the main thread: there Ray Train would take Ctrl-C for itself and end the process before anything is cleaned up.
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
+    # As a task of its own: in the main thread Ray Train takes Ctrl-C for itself, and a thread would outlive the connection.
+    running = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_this_node())(TorchTrainer.fit).remote(trainer)
     with progress(config.train.steps, "starting samplers and train workers", "step") as bar:
-        while thread.is_alive():
-            thread.join(0.5)
+        try:
+            while not ray.wait([running], timeout=0.5)[0]:
+                follow(bar, ray.get(tracker.progress.remote()))
             follow(bar, ray.get(tracker.progress.remote()))
-    outcome = done[0]
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
+        except KeyboardInterrupt:
+            ray.cancel(running, force=True)
+            raise
+    result: Result = ray.get(running)
+    return result
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """For what needs the driver's own disk."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def progress(total: int, what: str, unit: str) -> tqdm:

@@ -122,9 +122,7 @@ def tiny_run(work, steps_then, resumes, muon=False, keep_after=None):
         torch.manual_seed(1)
         layers = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1))
         schedule = loop.Schedule(steps=steps_then, batch=4, learning_rate=0.1, warmup=2, average=0.9, muon=muon)
-        model = loop.train(
-            layers, Numbers(), loss, schedule, work, seed=0, stop_after=stop, keep_after=keep_after, **COMMON
-        )
+        model = loop.train(layers, Numbers(), loss, schedule, work, seed=0, stop_after=stop, keep_after=keep_after, **COMMON)
     return torch.cat([p.flatten() for p in model.parameters()])
 
 
