@@ -232,8 +232,6 @@ def cluster(config: AlignConfig) -> Iterator[None]:
         connect(config)
         yield
     finally:
-        if not os.environ.get("RAY_ADDRESS") and ray.is_initialized():
-            serve.shutdown()
         ray.shutdown()
 
 

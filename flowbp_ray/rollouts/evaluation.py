@@ -33,7 +33,7 @@ def evaluate(
         .map_batches(
             Painter,
             fn_constructor_args=(config, exported),
-            compute=ActorPoolStrategy(size=evaluators(config)),
+            compute=ActorPoolStrategy(size=cluster.samplers),
             num_cpus=cluster.sampler_cpus,
             num_gpus=cluster.sampler_gpus,
             **whole,
@@ -56,10 +56,3 @@ def evaluate(
         values = columns[name].astype(np.float64)
         scores[name] = Score(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
     return scores
-
-
-def evaluators(config: AlignConfig) -> int:
-    """Nothing trains meanwhile, so the train workers' places sample too where they are alike."""
-    cluster = config.cluster
-    alike = cluster.trainer_cpus >= cluster.sampler_cpus and cluster.trainer_gpus >= cluster.sampler_gpus
-    return cluster.samplers + (config.train.workers if alike else 0)

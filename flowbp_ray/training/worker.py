@@ -39,6 +39,7 @@ def train_loop(job: Job) -> None:
     shard = train.get_dataset_shard("rollouts")
     blocks = iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
     parts = config.train.batch // config.train.micro_batch // config.train.workers
+    logged = None
     for step in range(config.train.steps):
         began, sums, seconds = time.perf_counter(), torch.zeros(0), {"waiting": 0.0, "update": 0.0}
         names: list[str] = []
@@ -50,27 +51,34 @@ def train_loop(job: Job) -> None:
             wanted = part * config.train.workers + rank
             if (block["part"] != wanted).any():
                 raise RuntimeError(f"rank {rank} was given part {block['part'][0]} of step {step} and not its own, {wanted}")
+            started = time.perf_counter()
             learner.accumulate(block)
+            seconds["update"] += time.perf_counter() - started
             names, values = totals(block)
             sums = values if part == 0 else sums + values
+        started = time.perf_counter()
         norm = learner.update(add_up if config.train.workers > 1 else None)
+        seconds["update"] += time.perf_counter() - started
         if config.train.workers > 1:
             add_up(sums)
         if rank == 0:
             ray.get(job.store.publish.remote(learner.policy()))
+            if logged is not None:
+                ray.get(logged)
             seconds["step"] = time.perf_counter() - began
             figures = dict(zip(names, sums.tolist(), strict=True))
             seconds |= {stage: figures.pop(f"{stage}_seconds") for stage in ("sampling", "reward")}
-            seconds["update"] = seconds["step"] - seconds["waiting"]
             metrics = {k: v / config.train.batch for k, v in figures.items()}
             metrics |= {"grad_norm": norm, "policy_version": policy_version(config, step)}
             metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
             metrics |= {f"active/{k}": a.index for k, a in enumerate(plan.active)}
-            ray.get(job.tracker.metrics.remote(metrics, step))
+            logged = job.tracker.metrics.remote(metrics, step)  # waited for in the next step
             if learner.version % config.evaluation.preview_every == 0 or learner.version == config.train.steps:
                 show(job, learner)
         if learner.version % config.train.checkpoint_every == 0 or learner.version == config.train.steps:
             checkpoint(learner, rank)
+    if logged is not None:
+        ray.get(logged)
 
 
 def totals(block: Block) -> tuple[list[str], Tensor]:

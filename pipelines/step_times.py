@@ -1,0 +1,98 @@
+"""Measure where a step's seconds go, at policy_lag 0 and 1: sampling, reward, update, and what orchestration adds.
+
+    python -m pipelines.step_times configs/shapes/sparse.yaml
+    python -m pipelines.step_times configs/shapes/sparse.yaml train.batch=8 --steps 10
+
+Two short alignments with one sampler, one train worker and one micro-batch a step, so that nothing of a step runs beside
+itself and the stages' seconds can be compared with the step's. Writes step_times.md into the runs' folder.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from flowbp_ray.config import AlignConfig, ConfigError, load
+
+FIRST = 3  # steps left out: the first fill the stream and load what is loaded late
+STAGES = ("sampling", "reward", "update")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.step_times", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="a YAML file, such as configs/shapes/sparse.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.setting=value", help="what to change in it")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps a run (default: %(default)s)")
+    args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps}: at least one step is needed")
+    return args
+
+
+def settings(args: argparse.Namespace, lag: int, store: Path) -> AlignConfig:
+    """The configuration of one of the two runs."""
+    batch = load(args.config, args.overrides).train.batch
+    return load(
+        args.config,
+        [
+            *args.overrides,
+            f"train.steps={FIRST + args.steps}",
+            f"train.micro_batch={batch}",
+            f"train.policy_lag={lag}",
+            f"tracking.uri=sqlite:///{store}/mlflow.db",
+            f"output={store}",
+            "train.workers=1",
+            "cluster.samplers=1",
+            "cluster.reward_replicas=1",
+            "evaluation.before=false",
+            "evaluation.per_task=1",
+            "evaluation.preview_prompts=0",
+        ],
+    )
+
+
+def row(lag: int, seconds: dict[str, float]) -> str:
+    """A run's medians; at lag 1 sampling and reward of the next step run beside the update, so the longer one counts."""
+    ahead, update = seconds["sampling"] + seconds["reward"], seconds["update"]
+    needed = ahead + update if lag == 0 else max(ahead, update)
+    rest = seconds["step"] - needed
+    cells = [str(lag), *(f"{seconds[s]:.2f}" for s in STAGES), f"{seconds['step']:.2f}", f"{rest:.2f}"]
+    return "| " + " | ".join([*cells, f"{100 * rest / seconds['step']:.0f} %"]) + " |"
+
+
+def main() -> None:
+    """Run at both lags and print the table."""
+    args = arguments()
+    store = Path(tempfile.mkdtemp(prefix="step_times_"))
+    try:
+        configs = {lag: settings(args, lag, store) for lag in (0, 1)}
+    except ConfigError as error:
+        sys.exit(str(error))
+    from mlflow import MlflowClient
+
+    from pipelines import quiet_libraries
+    from pipelines.alignment import align, cluster
+
+    quiet_libraries()
+    head = ["policy_lag", *STAGES, "step", "orchestration", "its share"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " ---: |" * len(head)]
+    for lag, config in configs.items():
+        with cluster(config):
+            outcome = align(config, store / f"lag{lag}")
+        client = MlflowClient(config.tracking.uri)
+        points = {s: client.get_metric_history(outcome.info["run_id"], f"seconds/{s}")[FIRST:] for s in (*STAGES, "step")}
+        lines.append(row(lag, {s: statistics.median(p.value for p in values) for s, values in points.items()}))
+    text = "\n".join([*lines, "", f"Seconds, medians of {args.steps} steps of {configs[0].train.batch} samples.", ""])
+    (store / "step_times.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}\n{store / 'step_times.md'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: nothing runs any more")
