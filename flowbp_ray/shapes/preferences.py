@@ -16,16 +16,16 @@ ATTRIBUTES = ("colour", "count", "place", "shape", "binding")
 SPOILS = ("blur", "noise", "off_shape")
 KINDS = ATTRIBUTES + SPOILS
 
-#: How often each kind comes in training. Place needs by far the most pairs to be learned, colours the fewest.
+#: How often each kind comes in training. Place needs the most pairs to be learned, colours the fewest.
 SHARES = {
-    "colour": 0.03,
-    "count": 0.09,
-    "place": 0.60,
-    "shape": 0.07,
-    "binding": 0.04,
-    "blur": 0.02,
-    "noise": 0.02,
-    "off_shape": 0.13,
+    "colour": 0.05,
+    "count": 0.15,
+    "place": 0.30,
+    "shape": 0.12,
+    "binding": 0.12,
+    "blur": 0.04,
+    "noise": 0.04,
+    "off_shape": 0.18,
 }
 
 

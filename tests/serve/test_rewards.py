@@ -10,6 +10,7 @@ from ray import serve
 from flowbp_ray import shapes
 from flowbp_ray.backbones.sd3 import SD3Backbone
 from flowbp_ray.config import load
+from flowbp_ray.pictures import to_uint8
 from flowbp_ray.rewards.clip import CLIPScore
 from flowbp_ray.rewards.objective import Component, objective
 from serve.rewards import application
@@ -45,6 +46,15 @@ def test_the_service_answers_what_the_objective_is_here(service, latents):
     np.testing.assert_allclose(answer["objective"], here.objective, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(answer["gradient"], here.gradient, rtol=1e-3, atol=1e-5)
     assert np.abs(answer["gradient"]).max() > 1e-3
+
+
+def test_a_look_gives_the_decoded_pictures_and_the_same_scores(service, latents):
+    seen, answer = service.look.remote(latents, PROMPTS).result(timeout_s=120), ask(service, latents, PROMPTS)
+    for name, values in answer["components"].items():
+        np.testing.assert_allclose(seen["components"][name], values, rtol=1e-5)
+    here = SD3Backbone.from_pretrained(shapes.BASE).decode(torch.from_numpy(latents))
+    assert seen["pictures"].dtype == np.uint8
+    assert np.abs(seen["pictures"] - to_uint8(here).astype(int)).max() <= 1
 
 
 def test_concurrent_requests_get_their_own_answers(service, latents):

@@ -98,6 +98,29 @@ def test_a_preference_model_goes_on_from_the_finished_one(built, tmp_path, monke
         torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
 
 
+def test_pictures_are_made_worse_for_the_model_within_their_radius():
+    tokenizer = preference_model.clip_tokenizer()
+    model = preference_model.new_clip(preference_model.REWARD, tokenizer)
+    batch = preference_model.Comparisons(tokenizer, 0, 4, contrastive=0)[5000]
+    batch["pictures"] = batch["pictures"].clamp(0, 1)
+    worse = preference_model.worst(model, batch, torch.Generator().manual_seed(0))
+    moved = (worse - batch["pictures"]).flatten(1).norm(dim=1)
+    assert (moved <= batch["radius"] * 1.001).all()
+    assert (moved > 0.2 * batch["radius"]).all()  # the rest is what would leave 0…1
+    before, after = (preference_model.compared(model, p, batch)[0].item() for p in (batch["pictures"], worse))
+    assert after > before + 0.01
+
+
+def test_places_come_alone_first_and_then_the_radius_grows():
+    data = preference_model.Comparisons(preference_model.clip_tokenizer(), 0, 8, contrastive=10)
+    mixed, grown = 10 + preference_model.PLACE_ALONE, 10 + preference_model.PLACE_ALONE + preference_model.RADIUS_GROWS
+    assert data[5]["contrast"] == 0.5
+    assert data[mixed - 1]["changed"].all()  # no spoilt picture among places
+    assert data[mixed]["radius"].max() == 0
+    assert 0 < data[mixed + 10]["radius"].max() < 0.1
+    assert 1 < data[grown + 10]["radius"].max() <= preference_model.RADIUS
+
+
 def test_training_goes_on_from_a_finished_pipeline(built):
     finished = StableDiffusion3Pipeline.from_pretrained(built[1] / "base", dtype=torch.float32)
     model = base.Encoders(finished.tokenizer, finished.tokenizer_3)

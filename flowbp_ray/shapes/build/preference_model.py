@@ -36,6 +36,7 @@ class Size:
 PATCH = 8
 REWARD, JUDGE = Size(96, 3, 3, steps=6000), Size(128, 3, 4, steps=6000)
 PLACE_ALONE = 600  # steps
+RADIUS, RADIUS_GROWS = 3.0, 1000  # length of the worst change of a picture's values, of 0…1; steps from none to all of it
 SCHEDULE = Schedule(steps=REWARD.steps, batch=24, learning_rate=1e-3, decay=0.6)
 
 
@@ -43,15 +44,17 @@ class Comparisons(Dataset):
     """Fresh comparisons of training captions, a batch for every step number.
 
     The contrastive loss fades out over the first ``contrastive`` steps. The ``PLACE_ALONE`` steps after that compare
-    places alone: among other pairs a model does not begin to tell "left of" from "right of".
+    places alone: among other pairs a model does not begin to tell "left of" from "right of". Then the ``radius`` grows
+    within which `worst` changes the pictures. Without ``contrastive`` steps, the mix of places and all else comes at once.
     """
 
     def __init__(self, tokenizer: CLIPTokenizer, seed: int, batch: int, contrastive: int) -> None:
         self.tokenizer, self.seed, self.batch, self.contrastive = tokenizer, seed, batch, contrastive
+        self.mixed = contrastive + PLACE_ALONE if contrastive else 0
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([self.seed, step])
-        kind = "place" if self.contrastive <= step < self.contrastive + PLACE_ALONE else None
+        kind = "place" if self.contrastive <= step < self.mixed else None
         pairs = [random_pair("training", rng, kind) for _ in range(self.batch)]
         texts = [p.caption for p in pairs] + [p.worse_caption or p.caption for p in pairs]
         pictures = np.stack([p.better for p in pairs] + [p.worse for p in pairs]).astype(np.float32) / 255
@@ -61,6 +64,8 @@ class Comparisons(Dataset):
             "input_ids": self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids,
             "pictures": torch.from_numpy(pictures).permute(0, 3, 1, 2).float(),
             "changed": torch.tensor([p.worse_caption is not None for p in pairs]),
+            "radius": torch.from_numpy(rng.uniform(0, RADIUS, len(pictures))).float()
+            * min(1.0, max(0.0, (step - self.mixed) / RADIUS_GROWS)),
             "contrast": torch.tensor(max(0.0, 1 - step / self.contrastive) if self.contrastive else 0.0),
         }
 
@@ -93,8 +98,33 @@ def new_clip(size: Size, tokenizer: CLIPTokenizer) -> CLIPModel:
 
 def loss(model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
     """Comparison loss in both directions (which picture for this caption, which caption for this picture),
-    plus the fading contrastive one."""
-    logits = similarity(model, pixel_values(batch["pictures"], PICTURE), batch["input_ids"])
+    plus the fading contrastive one, of pictures made worse for it."""
+    pictures = worst(model, batch, generator) if batch["radius"].any() else batch["pictures"]
+    return compared(model, pictures, batch)
+
+
+def worst(model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+    """The pictures, each changed by a vector no longer than its ``radius`` in the direction that raises the loss.
+
+    A model trained on these has gradients that mean something: what raises its score by little change of the picture is
+    no pattern that only it can see. (Adversarial training with one step from a random start, in the L2 norm.)
+    """
+    pictures, radius = batch["pictures"], batch["radius"].view(-1, 1, 1, 1)
+
+    def within(change: Tensor) -> Tensor:
+        return change * (radius / change.flatten(1).norm(dim=1).view(-1, 1, 1, 1).clamp(min=1e-12)).clamp(max=1)
+
+    noise = torch.randn(pictures.shape, generator=generator, device=pictures.device)
+    start = within(noise) * torch.rand(len(pictures), 1, 1, 1, generator=generator, device=pictures.device)
+    changed = (pictures + start).requires_grad_()
+    (gradient,) = torch.autograd.grad(compared(model, changed, batch)[0], changed)
+    step = radius * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1).clamp(min=1e-12)
+    return (pictures + within(start + step)).clamp(0, 1).detach()
+
+
+def compared(model: nn.Module, pictures: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """The loss of ``pictures``, better ones first, and how many comparisons are right."""
+    logits = similarity(model, pixel_values(pictures, PICTURE), batch["input_ids"])
     n = len(logits) // 2
     a, b = torch.arange(n, device=logits.device), torch.arange(n, 2 * n, device=logits.device)
     changed = batch["changed"]
