@@ -5,6 +5,7 @@ from flowbp_ray.shapes import preferences
 from flowbp_ray.shapes.captions import is_evaluation, parse, wrong_in_one
 from flowbp_ray.shapes.checker import check, read
 from flowbp_ray.shapes.preferences import ATTRIBUTES, KINDS, REVERSED, random_caption, random_pair, reversed_order
+from flowbp_ray.shapes.world import SHAPES
 
 
 @pytest.mark.parametrize("kind", ATTRIBUTES)
@@ -33,6 +34,19 @@ def test_spoilt_pictures_differ_and_have_no_caption_of_their_own(kind):
         pair = random_pair("training", rng, kind)
         assert pair.worse_caption is None
         assert np.abs(pair.better.astype(int) - pair.worse).mean() > 0.2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_lies_between_two_shapes_differs_from_the_thing_and_keeps_its_place(shape):
+    rng = np.random.default_rng(0)
+    thing = preferences.lay_out(parse(f"a {shape}"), np.random.default_rng(0))[0]
+    own = preferences.coverage(shape, thing.x, thing.y, thing.radius, thing.radius)
+    for _ in range(10):
+        mask = preferences.between(thing, rng)
+        assert 0.1 < np.minimum(mask, own).sum() / np.maximum(mask, own).sum() < 0.88
+        rows, columns = np.nonzero(mask)
+        assert abs(columns.mean() + 0.5 - thing.x) < 2
+        assert abs(rows.mean() + 0.5 - thing.y) < 5
 
 
 def test_every_kind_comes_up_by_itself():

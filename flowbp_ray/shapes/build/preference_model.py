@@ -36,7 +36,7 @@ class Size:
 PATCH = 8
 REWARD, JUDGE = Size(96, 3, 3, steps=6000), Size(128, 3, 4, steps=6000)
 PLACE_ALONE = 600  # steps
-RADIUS, RADIUS_GROWS = 3.0, 1000  # length of the worst change of a picture's values, of 0…1; steps from none to all of it
+RADIUS, RADIUS_GROWS = 2.0, 1000  # length of the worst change of a picture's values, of 0…1; steps from none to all of it
 SCHEDULE = Schedule(steps=REWARD.steps, batch=24, learning_rate=1e-3, decay=0.6)
 
 
