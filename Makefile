@@ -17,8 +17,8 @@ help: ## what there is
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cluster,dev]'
 	touch $@
 
-demo: .venv/ready ## the embedded default in pictures: shapes.png
-	$(BIN)/python -m pipelines.show_shapes
+demo: .venv/ready ## align the embedded default on a local Ray cluster and show before and after
+	$(BIN)/python -m pipelines.align configs/shapes/sparse.yaml
 
 test: .venv/ready ## fast tests and the end-to-end ones, at most 20 minutes
 	$(BIN)/python -m pytest -m 'not slow'

@@ -46,7 +46,8 @@ def _sentence(found: ErrorDetails, root: type[BaseModel]) -> str:
         return str(context["error"])  # from a validator of the whole, which names the settings itself
     parent, models = _locate(found["loc"][:-1], root)
     name = found["loc"][-1]
-    where = ".".join([*parent, str(name)])
+    path, here = _locate(found["loc"], root)
+    where = ".".join(path)
     if kind == "extra_forbidden":
         return f"{where} is no setting: {_nearest(parent, str(name), models, root)}"
     if kind == "missing":
@@ -54,7 +55,8 @@ def _sentence(found: ErrorDetails, root: type[BaseModel]) -> str:
     if kind == "value_error":
         return f"{where}: {context['error']}"
     if kind == "union_tag_not_found":
-        return f"{where}.method is missing: it says which settings there are"
+        methods = ", ".join(m for section in here for m in get_args(section.model_fields["method"].annotation))
+        return f"{where}.method is missing: set it to one of {methods}"
     if kind == "union_tag_invalid":
         return f"{where}.method must be one of {context['expected_tags']}, not {_given(context['tag'])}"
     if kind in EXPECTED:

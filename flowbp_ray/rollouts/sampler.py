@@ -12,7 +12,7 @@ from flowbp_ray.randomness import prompt_indices, seed_of
 from flowbp_ray.rollouts.batches import Block, MicroBatch, Policy
 from flowbp_ray.rollouts.plans import plan_of
 from flowbp_ray.rollouts.rollout import roll_out
-from flowbp_ray.surrogate.inputs import reward_inputs, sample_weights
+from flowbp_ray.surrogate.inputs import noised_copies, reward_inputs, sample_weights
 from flowbp_ray.training.adapter import adapted, checksum, read, write
 
 
@@ -36,17 +36,19 @@ class Sampler:
         plan = plan_of(config, self.sigmas, batch.step)
         chosen = prompt_indices(config.train.seed, batch.step, config.train.batch, len(self.prompts))
         prompts = [self.prompts[chosen[s]] for s in batch.samples]
-        seeds = [seed_of(config.train.seed, batch.step, s, "noise") for s in batch.samples]
-        noise = self.backbone.initial_latents([torch.Generator().manual_seed(s) for s in seeds], sampling.height, sampling.width)
         conditioning = self.backbone.encode(prompts)
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
             return self.backbone.velocity(latents, sigma, conditioning, self.negative, sampling.guidance_scale)
 
-        rollout = roll_out(noise, self.sigmas, velocity, plan)
-        inputs = reward_inputs(plan, rollout.latents, rollout.velocities, self.sigmas)
-        weights = sample_weights(plan, rollout.latents, rollout.velocities, self.sigmas)
-        active = torch.stack([rollout.latents[a.index] for a in plan.active], 1)
+        rollout = roll_out(self.noise(batch, "noise"), self.sigmas, velocity, plan)
+        cached = plan, rollout.latents, rollout.velocities, self.sigmas
+        copies = noised_copies(*cached, [self.noise(batch, f"copy {m}") for m in range(plan.copies)]) if plan.copies else []
+        with torch.no_grad():
+            inputs = reward_inputs(*cached, copies, [velocity(c, self.sigmas[plan.steps - 1]) for c in copies])
+        weights = sample_weights(*cached)
+        seen = [plan.reward_inputs[a.reward_input].copy for a in plan.active]
+        active = [rollout.latents[a.index] if c is None else copies[c] for a, c in zip(plan.active, seen, strict=True)]
         number = len(prompts)
         return {
             "step": np.full(number, batch.step),
@@ -54,11 +56,17 @@ class Sampler:
             "version": np.full(number, batch.version),
             "sample": np.array(batch.samples),
             "prompt": np.array(prompts, dtype=object),
-            "latents": active.cpu().numpy(),  # (B, active, C, h, w)
+            "latents": torch.stack(active, 1).cpu().numpy(),  # (B, active, C, h, w): what each active velocity is evaluated at
             "inputs": torch.stack(inputs, 1).cpu().numpy(),  # (B, reward inputs, C, h, w)
             "weight": weights.cpu().numpy(),
             "sampling_seconds": np.full(number, (time.perf_counter() - began) / number),
         }
+
+    def noise(self, batch: MicroBatch, purpose: str) -> Tensor:
+        """Standard normal latents ``(B, C, h, w)``, a function of seed, step, sample and purpose."""
+        seeds = [seed_of(self.config.train.seed, batch.step, s, purpose) for s in batch.samples]
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        return self.backbone.initial_latents(generators, self.config.sampling.height, self.config.sampling.width)
 
     def hold(self, version: int) -> None:
         """Have the adapter of ``version`` in the model; RuntimeError if what is in it then is not what was published."""

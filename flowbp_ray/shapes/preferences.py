@@ -82,7 +82,8 @@ def between(thing: Thing, rng: np.random.Generator) -> np.ndarray:
     scale = 4
 
     def distances(shape: str) -> np.ndarray:
-        fine = coverage(shape, *(scale * v for v in (thing.x, thing.y, thing.radius, thing.radius)), size=scale * SIZE) > 0.5
+        radius = scale * thing.radius
+        fine = coverage(shape, scale * thing.x, scale * thing.y, radius, radius, size=scale * SIZE) > 0.5
         return ndimage.distance_transform_edt(~fine) - ndimage.distance_transform_edt(fine)
 
     own = distances(thing.shape)

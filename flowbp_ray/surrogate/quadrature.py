@@ -1,12 +1,22 @@
 """Weights of velocities on a sigma grid: Euler steps, leaps and Lagrange interpolants, all in float64."""
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
-from torch import Tensor
 
 
-def checked_grid(sigmas: Tensor) -> np.ndarray:
+class Grid(Protocol):
+    """A torch tensor or numpy array of sigmas ``(T + 1,)``; methods need no more of it, and so no torch."""
+
+    def tolist(self) -> Any:
+        """The values."""
+
+    def __len__(self) -> int:
+        """T + 1."""
+
+
+def checked_grid(sigmas: Grid) -> np.ndarray:
     """The grid ``(T + 1,)`` in float64. ValueError unless it falls strictly and ends at 0."""
     grid = np.array(sigmas.tolist(), np.float64)
     if grid.ndim != 1 or len(grid) < 2 or not np.all(np.diff(grid) < 0) or grid[-1] != 0:

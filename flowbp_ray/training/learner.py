@@ -58,17 +58,19 @@ class Learner:
             )
         plan = self.plan
         latents, gradients = self._tensor(block, "latents"), self._tensor(block, "gradients")
+        copied = [plan.reward_inputs[a.reward_input].copy is not None for a in plan.active]
         accumulate(
             self.backbone,
             plan,
             self.sigmas,
-            {a.index: latents[:, k] for k, a in enumerate(plan.active)},
+            {a.index: latents[:, k] for k, a in enumerate(plan.active) if not copied[k]},
             [gradients[:, m] for m in range(gradients.shape[1])],
             self._tensor(block, "weight"),
             self.backbone.encode(block["prompt"].tolist()),
             self.negative,
             guidance=self.guidance,
             batch=self.config.train.batch,
+            copies=[latents[:, k] for k, is_copy in enumerate(copied) if is_copy],
             velocity_penalty=self.config.train.velocity_penalty,
         )
         gradients = [p.grad for p in self.parameters]

@@ -22,14 +22,15 @@ def accumulate(
     *,
     guidance: Guidance,
     batch: int,
+    copies: Sequence[Tensor] = (),
     velocity_penalty: float = 0.0,
 ) -> None:
     """Add this micro-batch's share of the loss gradient to the adapter's ``.grad``.
 
-    The loss is ``−mean(weight · J)`` over ``batch`` samples, of which these are some: ``gradients[m]`` is the
-    objective's gradient at reward input ``m``, ``weights (B,)`` the samples' weights. The penalty, at each
-    active step, is ``velocity_penalty`` times the mean squared distance of the conditional velocity to the one
-    without the adapter.
+    The loss is ``−mean(weight · J)`` over the reward inputs of ``batch`` samples, of which these are some. ``gradients[m]``
+    is the objective's gradient at reward input ``m``, ``weights (B,)`` are the samples' weights, ``copies`` the plan's noised
+    ones. The penalty, at each active step, is ``velocity_penalty`` times the mean squared distance of the conditional
+    velocity to the one without the adapter.
     """
 
     def velocity(x: Tensor, index: int, branch: Branch) -> Tensor:
@@ -45,9 +46,9 @@ def accumulate(
         return 2 * velocity_penalty / (batch * current[0].numel()) * (current - reference)
 
     shape = (-1, *[1] * (gradients[0].ndim - 1))
-    cotangents = [-(weights / batch).view(shape) * g for g in gradients]
+    cotangents = [-(weights / (batch * len(gradients))).view(shape) * g for g in gradients]
     local = towards_base if velocity_penalty else None
-    backward(plan, velocity, latents, cotangents, guidance=guidance, local=local)
+    backward(plan, velocity, latents, cotangents, guidance=guidance, copies=copies, local=local)
 
 
 def clip_by_norm(gradients: Sequence[Tensor], limit: float) -> float:

@@ -8,6 +8,7 @@ import torch
 
 from flowbp_ray.config import load
 from flowbp_ray.rollouts.sampler import Sampler
+from flowbp_ray.surrogate.methods import METHODS
 from flowbp_ray.training import adapter
 from flowbp_ray.training.learner import Learner
 
@@ -41,6 +42,49 @@ def test_an_update_climbs_the_objective(tiny_pipeline):
     after.version = -1
     moved = after({"number": np.array([0])})["inputs"] - block["inputs"]
     assert (moved * block["gradients"]).sum() > 0
+
+
+NEEDED = {
+    "refl": {"last_n_steps": 3},
+    "truncated": {"active_steps": 2},
+    "composed": {"reward_input": "posterior_mean", "active": "all", "weights": "euler", "bridge": "none", "stop_within": 2},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_from_the_sampler_to_the_learner(tiny_pipeline, method):
+    config = configured(tiny_pipeline, f"surrogate={ {'method': method, **NEEDED.get(method, {})} }")
+    learner = Learner(config)
+    block, plan = block_of(config, learner), learner.plan
+    assert block["inputs"].shape == (4, len(plan.reward_inputs), 4, 16, 16)
+    assert block["latents"].shape == (4, len(plan.active), 4, 16, 16)
+    learner.accumulate(block)
+    assert 0 < learner.gradient.norm() < np.inf
+
+
+def test_noised_copies_are_what_autograd_takes_them_for(tiny_pipeline):
+    """DRaFT-LV written out: the mean over the last estimate and its re-noised copies, each by its own velocity."""
+    config = configured(tiny_pipeline, "surrogate={method: draft_lv}")
+    learner = Learner(config)
+    for parameter in learner.parameters:
+        torch.nn.init.normal_(parameter, std=0.1)
+    block = block_of(config, learner)
+    learner.accumulate(block)
+    backbone, sigma, scale = learner.backbone, learner.sigmas[-2], config.sampling.guidance_scale
+    text, loss = backbone.encode(block["prompt"].tolist()), 0.0
+    for m in range(3):
+        x, gradient = torch.from_numpy(block["latents"][:, m]), torch.from_numpy(block["gradients"][:, m])
+        with torch.no_grad():
+            unconditional = backbone.velocity(x, sigma, learner.negative.expand(4))
+        estimate = x - sigma * (unconditional + scale * (backbone.velocity(x, sigma, text) - unconditional))
+        np.testing.assert_allclose(block["inputs"][:, m], estimate.detach(), atol=1e-5)
+        loss = loss - (estimate * gradient).sum() / (3 * 4)
+        if m:
+            noise = (x - (1 - sigma) * torch.from_numpy(block["inputs"][:, 0])) / sigma
+            assert noise.std() == pytest.approx(1, abs=0.1)
+    loss.backward()
+    wanted = torch.cat([p.grad.flatten() for p in learner.parameters])
+    assert (learner.gradient - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 def test_micro_batches_add_up_to_the_batch(tiny_pipeline):

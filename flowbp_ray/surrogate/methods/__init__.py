@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from flowbp_ray.surrogate.methods import (
     bridge,
@@ -21,6 +20,7 @@ from flowbp_ray.surrogate.methods import (
     truncated,
 )
 from flowbp_ray.surrogate.plan import Plan
+from flowbp_ray.surrogate.quadrature import Grid
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Method:
     """``plan(settings, sigmas (T + 1,), generator)`` with an instance of ``settings``."""
 
     settings: type
-    plan: Callable[[Any, Tensor, np.random.Generator], Plan]
+    plan: Callable[[Any, Grid, np.random.Generator], Plan]
 
 
 METHODS: dict[str, Method] = {

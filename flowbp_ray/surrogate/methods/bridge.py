@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from flowbp_ray.surrogate.checks import count, not_negative, share
 from flowbp_ray.surrogate.draws import UNIFORM, PairDraw, late_biased, window_start
 from flowbp_ray.surrogate.plan import Active, Bridge, Plan, RewardInput
-from flowbp_ray.surrogate.quadrature import checked_grid, rescale_factor
+from flowbp_ray.surrogate.quadrature import Grid, checked_grid, rescale_factor
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def split_indices(start: int, j: int, steps: int, number: int, bias: float, gene
     ]
 
 
-def plan(settings: Settings, sigmas: Tensor, generator: np.random.Generator) -> Plan:
+def plan(settings: Settings, sigmas: Grid, generator: np.random.Generator) -> Plan:
     """``x̂_j`` composes ``[0, j)`` by Euler steps and is pinned to ``x_j``; ``[j, T)`` starts from it."""
     grid = checked_grid(sigmas)
     steps, deltas = len(grid) - 1, np.diff(grid)

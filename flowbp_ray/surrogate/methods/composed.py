@@ -9,14 +9,13 @@ from itertools import pairwise
 from typing import Literal, TypeVar
 
 import numpy as np
-from torch import Tensor
 
 from flowbp_ray.surrogate.checks import count, not_negative, one_of, positive, require, share
 from flowbp_ray.surrogate.draws import PairDraw, evenly_spaced, late_biased, window_start
 from flowbp_ray.surrogate.methods.bridge import split_indices
 from flowbp_ray.surrogate.methods.lagrange import leg
 from flowbp_ray.surrogate.plan import Active, Bridge, Connector, Plan, RewardInput, SampleWeight
-from flowbp_ray.surrogate.quadrature import checked_grid, rescale_factor, stopped_grid, supports
+from flowbp_ray.surrogate.quadrature import Grid, checked_grid, rescale_factor, stopped_grid, supports
 
 #: Which active sets go with which weights.
 ACTIVE = {
@@ -120,7 +119,7 @@ class Settings:
             )
 
 
-def plan(settings: Settings, sigmas: Tensor, generator: np.random.Generator) -> Plan:
+def plan(settings: Settings, sigmas: Grid, generator: np.random.Generator) -> Plan:
     """The composed plan. ValueError where the grid is too short for the settings, whatever would be drawn."""
     grid = checked_grid(sigmas)
     steps = len(grid) - 1

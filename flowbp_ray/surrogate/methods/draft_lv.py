@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from flowbp_ray.surrogate.checks import count
 from flowbp_ray.surrogate.plan import Active, Plan, RewardInput
-from flowbp_ray.surrogate.quadrature import checked_grid
+from flowbp_ray.surrogate.quadrature import Grid, checked_grid
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Settings:
         count("copies", self.copies, least=0)
 
 
-def plan(settings: Settings, sigmas: Tensor, generator: np.random.Generator) -> Plan:
+def plan(settings: Settings, sigmas: Grid, generator: np.random.Generator) -> Plan:
     """1 + n posterior means at ``T − 1``, each by its own velocity with coefficient ``−σ_{T−1}``; nothing is drawn.
 
     The copies' model inputs are `inputs.noised_copies`, their noise is the caller's.

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from flowbp_ray.surrogate.checks import count, share
 from flowbp_ray.surrogate.draws import evenly_spaced
 from flowbp_ray.surrogate.plan import Active, Plan, RewardInput
-from flowbp_ray.surrogate.quadrature import checked_grid, stopped_grid
+from flowbp_ray.surrogate.quadrature import Grid, checked_grid, stopped_grid
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Settings:
         share("stop_ratio", self.stop_ratio)
 
 
-def plan(settings: Settings, sigmas: Tensor, generator: np.random.Generator) -> Plan:
+def plan(settings: Settings, sigmas: Grid, generator: np.random.Generator) -> Plan:
     """``x_0 + Σ_{i<s} Δ_i v_i − σ_s v_s``: the coefficient is ``Δ_i`` before the stop and ``−σ_s`` at it."""
     grid = checked_grid(sigmas)
     steps = len(grid) - 1

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
-from torch import Tensor
 
 from flowbp_ray.surrogate.methods import truncated
 from flowbp_ray.surrogate.plan import Plan
+from flowbp_ray.surrogate.quadrature import Grid
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Settings:
     """There is nothing to set."""
 
 
-def plan(settings: Settings, sigmas: Tensor, generator: np.random.Generator) -> Plan:
+def plan(settings: Settings, sigmas: Grid, generator: np.random.Generator) -> Plan:
     """Every index active, bridged with alpha 1, and the negative branch attached whatever the guidance says."""
     everything = truncated.Settings(active_steps=len(sigmas) - 1)
     return replace(truncated.plan(everything, sigmas, generator), method="full", attach_negative=True)

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from torch import Tensor
 
 from flowbp_ray.surrogate.checks import count, not_negative, one_of, positive, share
 from flowbp_ray.surrogate.draws import PairDraw
 from flowbp_ray.surrogate.plan import Active, Bridge, Connector, Plan, RewardInput, SampleWeight
-from flowbp_ray.surrogate.quadrature import checked_grid, lagrange_weights, rescale_factor, supports
+from flowbp_ray.surrogate.quadrature import Grid, checked_grid, lagrange_weights, rescale_factor, supports
 
 PUBLISHED_PAIR = PairDraw("dirichlet", concentration=(2.5, 6.0, 2.0), cap=10)
 
@@ -57,7 +56,7 @@ def leg(grid: np.ndarray, connector: Connector, number: int, support_scale: floa
     return [Active(i, w * s) for i, w, s in zip(connector.supports, weights, scales, strict=False)]
 
 
-def plan(settings: Settings, sigmas: Tensor, generator: np.random.Generator) -> Plan:
+def plan(settings: Settings, sigmas: Grid, generator: np.random.Generator) -> Plan:
     """``x̂_j`` and ``x̂_0`` by quadrature over ``[k, j)`` and ``[j, T)``, pinned to ``x_j`` and ``x_T``."""
     grid = checked_grid(sigmas)
     steps = len(grid) - 1

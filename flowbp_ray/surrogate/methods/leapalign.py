@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from flowbp_ray.surrogate.checks import not_negative, positive, share
 from flowbp_ray.surrogate.draws import UNIFORM, PairDraw
 from flowbp_ray.surrogate.plan import Active, Bridge, Connector, Plan, RewardInput, SampleWeight
-from flowbp_ray.surrogate.quadrature import checked_grid
+from flowbp_ray.surrogate.quadrature import Grid, checked_grid
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Settings:
         share("tail", self.tail)
 
 
-def plan(settings: Settings, sigmas: Tensor, generator: np.random.Generator) -> Plan:
+def plan(settings: Settings, sigmas: Grid, generator: np.random.Generator) -> Plan:
     """``x̂_j = x_k + (σ_j − σ_k) v_k`` pinned to ``x_j``, ``x̂_0 = x_j − σ_j v_j`` pinned to ``x_T``."""
     grid = checked_grid(sigmas)
     steps = len(grid) - 1

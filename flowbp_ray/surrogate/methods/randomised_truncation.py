@@ -3,11 +3,11 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
-from torch import Tensor
 
 from flowbp_ray.surrogate.checks import count, require
 from flowbp_ray.surrogate.methods import truncated
 from flowbp_ray.surrogate.plan import Plan
+from flowbp_ray.surrogate.quadrature import Grid
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Settings:
             count("most", self.most, self.least)
 
 
-def plan(settings: Settings, sigmas: Tensor, generator: np.random.Generator) -> Plan:
+def plan(settings: Settings, sigmas: Grid, generator: np.random.Generator) -> Plan:
     """K is uniform in ``least … most``; the rest is `truncated`."""
     steps = len(sigmas) - 1
     most = steps if settings.most is None else settings.most

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from flowbp_ray.surrogate.checks import count, require
 from flowbp_ray.surrogate.plan import Active, Plan, RewardInput
-from flowbp_ray.surrogate.quadrature import checked_grid
+from flowbp_ray.surrogate.quadrature import Grid, checked_grid
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Settings:
         count("last_n_steps", self.last_n_steps)
 
 
-def plan(settings: Settings, sigmas: Tensor, generator: np.random.Generator) -> Plan:
+def plan(settings: Settings, sigmas: Grid, generator: np.random.Generator) -> Plan:
     """``x_τ − σ_τ v_τ``: the coefficient is ``−σ_τ``."""
     grid = checked_grid(sigmas)
     steps, last = len(grid) - 1, settings.last_n_steps

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from flowbp_ray.surrogate.checks import count, not_negative, share
 from flowbp_ray.surrogate.draws import late_biased, window_start
 from flowbp_ray.surrogate.plan import Active, Plan, RewardInput
-from flowbp_ray.surrogate.quadrature import checked_grid, rescale_factor
+from flowbp_ray.surrogate.quadrature import Grid, checked_grid, rescale_factor
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Settings:
         share("tail", self.tail)
 
 
-def plan(settings: Settings, sigmas: Tensor, generator: np.random.Generator) -> Plan:
+def plan(settings: Settings, sigmas: Grid, generator: np.random.Generator) -> Plan:
     """``x̂ = x_0 + Σ Δ_i v_i`` pinned to ``x_T``; each active coefficient is ``Δ_i`` times the rescale factor."""
     grid = checked_grid(sigmas)
     steps, deltas = len(grid) - 1, np.diff(grid)

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from flowbp_ray.surrogate.checks import count, require
 from flowbp_ray.surrogate.plan import Active, Bridge, Plan, RewardInput
-from flowbp_ray.surrogate.quadrature import checked_grid
+from flowbp_ray.surrogate.quadrature import Grid, checked_grid
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Settings:
         count("active_steps", self.active_steps)
 
 
-def plan(settings: Settings, sigmas: Tensor, generator: np.random.Generator) -> Plan:
+def plan(settings: Settings, sigmas: Grid, generator: np.random.Generator) -> Plan:
     """Coefficients ``Δ_i`` and a bridge of alpha 1 at every active index after the first; nothing is drawn."""
     grid = checked_grid(sigmas)
     steps, deltas = len(grid) - 1, np.diff(grid)
