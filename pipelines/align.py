@@ -8,10 +8,12 @@ Any setting of the configuration can be given as section.setting=value; the last
 """
 
 import argparse
+import json
 import secrets
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import FrameType
 
@@ -26,7 +28,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("config", type=Path, help="a YAML file, such as configs/shapes/sparse.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.setting=value", help="what to change in it")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, and start nothing")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def main() -> None:
@@ -39,8 +41,12 @@ def main() -> None:
     from pipelines import quiet_libraries
 
     quiet_libraries()
+    try:
+        plan = intended(config)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
     if args.dry_run:
-        print(intended(config))
+        print(plan)
         return
     from pipelines.alignment import align, cluster, reason
 
@@ -52,7 +58,10 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted: nothing runs any more; {latest_checkpoint(folder)}")
     except Exception as error:  # the boundary to the user: one sentence in place of pages of remote tracebacks
-        sys.exit(f"\nstopped: {reason(error)}\n{latest_checkpoint(folder)}")
+        if not folder.exists():
+            sys.exit(f"\nstopped: {reason(error)}")
+        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        sys.exit(f"\nstopped: {reason(error)}\n{latest_checkpoint(folder)}; all of the error is in {folder / 'error.txt'}")
     print()
     print((outcome.folder / "table.md").read_text(encoding="utf-8"))
     print(f"adapter   {outcome.folder / 'adapter'}   (pipe.load_lora_weights takes it)")
@@ -66,10 +75,13 @@ def interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def latest_checkpoint(folder: Path) -> str:
-    """Where a run's newest checkpoint is, and what to do with it."""
-    if found := sorted(folder.glob("checkpoint_*/adapter.json")):
-        return f"the last checkpoint is {found[-1].parent}: start from it with adapter.init_from={found[-1].parent}"
-    return "there is no checkpoint of it yet"
+    """Where a run's newest complete checkpoint is (Ray Train lists it when all of it is there), and what to do with it."""
+    listed = folder / "checkpoint_manager_snapshot.json"
+    latest = json.loads(listed.read_text())["latest_checkpoint_result"] if listed.exists() else None
+    if latest is None:
+        return "there is no checkpoint of it yet"
+    checkpoint = folder / latest["checkpoint_dir_name"]
+    return f"the last checkpoint is {checkpoint}: start from it with adapter.init_from={checkpoint}"
 
 
 def intended(config: AlignConfig) -> str:

@@ -1,11 +1,14 @@
 """One alignment from beginning to end on a Ray cluster: serve the rewards, evaluate, train, evaluate, show."""
 
 import contextlib
+import json
+import logging
 import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,8 @@ from flowbp_ray.training.adapter import EXPORT_FILE
 from flowbp_ray.training.worker import Job, train_loop
 from serve.rewards import application
 
+PATIENCE = 180  # seconds without a first step, after which the user is told what may be missing
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -47,7 +52,10 @@ class Outcome:
 
 def connect(config: AlignConfig) -> None:
     """Join the cluster of RAY_ADDRESS (every Ray job has it), else start one here. ConfigError if it is too small."""
-    quiet = {"env_vars": {"OMP_NUM_THREADS": str(config.cluster.threads), "TRANSFORMERS_VERBOSITY": "error"}}
+    variables = {"OMP_NUM_THREADS": str(config.cluster.threads), "TRANSFORMERS_VERBOSITY": "error"}
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {}).get("env_vars", {})
+    quiet = {"env_vars": {k: v for k, v in variables.items() if k not in job}}  # Ray refuses what a job has set itself
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(runtime_env=quiet, log_to_driver=False, logging_level="error")
     else:
@@ -56,6 +64,8 @@ def connect(config: AlignConfig) -> None:
         ray.init(
             address="local", num_cpus=cpus, include_dashboard=False, runtime_env=quiet, log_to_driver=False, logging_level="error"
         )
+        # Handles only. A cluster's Serve is left as it is, or as it starts by itself: others use it too, over HTTP.
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
     there = ray.cluster_resources()
     for kind, number in config.reserved().items():
         if number > there.get(kind, 0):
@@ -65,9 +75,10 @@ def connect(config: AlignConfig) -> None:
 
 
 def align(config: AlignConfig, folder: Path) -> Outcome:
-    """Run on the connected cluster and write to the new ``folder``. Whatever happens, nothing is left on the cluster."""
+    """Run on the connected cluster and write to the new ``folder``. Whatever happens, nothing of it goes on running there."""
     data = DataContext.get_current()
     data.enable_progress_bars = False
+    data.target_max_block_size = None  # a block is a micro-batch, however large
     data.raise_original_map_exception = True  # else what a stage says of bad input is lost among Ray's errors
     prompts = read_prompts(config.prompts)
     uri = tracking_uri(config.tracking.uri)
@@ -80,9 +91,8 @@ def align(config: AlignConfig, folder: Path) -> Outcome:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
     print(f"MLflow run {info['run_id']}, files in {folder}")
-    rewards = f"rewards-{info['run_id'][:8]}"
+    rewards, status = f"rewards-{info['run_id'][:8]}", "FAILED"
     try:
-        serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})  # handles only, no HTTP
         serve.run(application(config), name=rewards, route_prefix=None)
         base = judged(config, "base", rewards, None, tracker, 0) if config.evaluation.before else None
         preview = previewed(config)
@@ -95,20 +105,26 @@ def align(config: AlignConfig, folder: Path) -> Outcome:
         aligned = judged(config, "aligned", rewards, (exported / EXPORT_FILE).read_bytes(), tracker, config.train.steps)
         (folder / "table.md").write_text(table(config, base, aligned), encoding="utf-8")
         if shown := ray.get(tracker.first_and_last.remote()):
-            before_after([p for p, _ in preview], *shown).save(folder / "before_after.png")
+            before_after(config, [p for p, _ in preview], *shown).save(folder / "before_after.png")
             ray.get(tracker.artifact.remote(folder / "before_after.png"))
         ray.get(tracker.artifact.remote(exported))
         ray.get(tracker.artifact.remote(folder / "table.md", "evaluation"))
+        status = "FINISHED"
     except KeyboardInterrupt:
-        ray.get(tracker.finish.remote("KILLED"))
-        raise
-    except Exception:
-        ray.get(tracker.finish.remote("FAILED"))
+        status = "KILLED"
         raise
     finally:
-        serve.delete(rewards)
-    ray.get(tracker.finish.remote("FINISHED"))
+        clean_up("remove the reward service", lambda: serve.delete(rewards))
+        clean_up("end the MLflow run", lambda: ray.get(tracker.finish.remote(status), timeout=60))
     return Outcome(folder, base, aligned, info)
+
+
+def clean_up(what: str, do: Callable[[], object]) -> None:
+    """Do it; where that fails, say so, and let what came before be the error."""
+    try:
+        do()
+    except Exception as error:
+        print(f"could not {what}: {reason(error)}", file=sys.stderr)
 
 
 def trained(
@@ -119,7 +135,7 @@ def trained(
     cluster = config.cluster
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config=Job(config, store, tracker, rewards, preview),
+        train_loop_config=Job(config, folder, store, tracker, rewards, preview),
         scaling_config=ScalingConfig(
             num_workers=config.train.workers,
             use_gpu=cluster.trainer_gpus > 0,
@@ -133,11 +149,15 @@ def trained(
     # As a task of its own: in the main thread Ray Train takes Ctrl-C for itself, and a thread would outlive the connection.
     running = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_this_node())(TorchTrainer.fit).remote(trainer)
     with progress(config.train.steps, "starting samplers and train workers", "step") as bar:
+        began, told = time.monotonic(), False
         try:
             while not ray.wait([running], timeout=0.5)[0]:
                 follow(bar, ray.get(tracker.progress.remote()))
+                if bar.n == 0 and not told and time.monotonic() - began > PATIENCE:
+                    told = True
+                    bar.write(f"no step yet: {config.reserved()} are needed, free are {ray.available_resources()}", sys.stderr)
             follow(bar, ray.get(tracker.progress.remote()))
-        except KeyboardInterrupt:
+        except BaseException:
             ray.cancel(running, force=True)
             raise
     result: Result = ray.get(running)
@@ -186,14 +206,17 @@ def previewed(config: AlignConfig) -> list[tuple[str, int]]:
     return [(prompt, seed) for seed, prompt in enumerate([p for row in zip(*by_task, strict=True) for p in row][:number])]
 
 
-def before_after(prompts: list[str], before: Any, after: Any) -> Any:
+def before_after(config: AlignConfig, prompts: list[str], before: Any, after: Any) -> Any:
     """Two rows of the same prompts and seeds, with the checker's verdicts."""
 
     def row(heading: str, pictures: Any) -> Row:
         verdicts = [check(p, t) for p, t in zip(pictures, prompts, strict=True)]
         return Row(heading, [Cell(p, t, v.reason, v.right) for p, t, v in zip(pictures, prompts, verdicts, strict=True)])
 
-    return sheet("The same prompts and seeds", [row("before", before), row("after", after)])
+    return sheet(
+        "The same prompts and seeds",
+        [row("before" if config.adapter.init_from is None else "start", before), row("after", after)],
+    )
 
 
 def table(config: AlignConfig, base: dict[str, Score] | None, aligned: dict[str, Score]) -> str:
@@ -227,7 +250,7 @@ def table(config: AlignConfig, base: dict[str, Score] | None, aligned: dict[str,
 
 @contextlib.contextmanager
 def cluster(config: AlignConfig) -> Iterator[None]:
-    """A connected cluster; at the end a local one is gone, and of a joined one only this driver."""
+    """A connected cluster; at the end a local one is gone, and a joined one goes on without this driver."""
     try:
         connect(config)
         yield
@@ -246,5 +269,6 @@ def reason(error: BaseException) -> str:
             or error.__cause__
         )
         if not isinstance(inner, BaseException) or inner is error:
-            return str(error).strip() or type(error).__name__
+            text = str(error).strip()
+            return text if text and not isinstance(error, LookupError) else f"{type(error).__name__}: {text}"
         error = inner

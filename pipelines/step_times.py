@@ -27,7 +27,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("config", type=Path, help="a YAML file, such as configs/shapes/sparse.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.setting=value", help="what to change in it")
     parser.add_argument("--steps", type=int, default=20, help="measured steps a run (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: at least one step is needed")
     return args
@@ -75,14 +75,17 @@ def main() -> None:
     from mlflow import MlflowClient
 
     from pipelines import quiet_libraries
-    from pipelines.alignment import align, cluster
+    from pipelines.alignment import align, cluster, reason
 
     quiet_libraries()
     head = ["policy_lag", *STAGES, "step", "orchestration", "its share"]
     lines = ["| " + " | ".join(head) + " |", "|" + " ---: |" * len(head)]
     for lag, config in configs.items():
-        with cluster(config):
-            outcome = align(config, store / f"lag{lag}")
+        try:
+            with cluster(config):
+                outcome = align(config, store / f"lag{lag}")
+        except Exception as error:  # the boundary to the user, as in align
+            sys.exit(f"\nstopped at policy_lag {lag}: {reason(error)}")
         client = MlflowClient(config.tracking.uri)
         points = {s: client.get_metric_history(outcome.info["run_id"], f"seconds/{s}")[FIRST:] for s in (*STAGES, "step")}
         lines.append(row(lag, {s: statistics.median(p.value for p in values) for s, values in points.items()}))

@@ -16,7 +16,7 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
-from flowbp_ray.tracking.store import SERVERS, artifact_root
+from flowbp_ray.tracking.store import SERVERS, artifact_root, make_room
 
 #: The folder that is a git checkout if the package is not an installed copy.
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -39,6 +39,7 @@ class TrackedRun:
         self.uri = uri
         parameters, text = flattened(config), yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
         tags = {"method": config["surrogate"]["method"], "model": config["model"]["path"], **code_version(CHECKOUT)}
+        make_room(uri)
         self._client = MlflowClient(uri)
         if run_id is None:
             self.experiment_id = self._experiment(experiment)

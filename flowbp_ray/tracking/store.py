@@ -8,10 +8,9 @@ DATABASES, SERVERS = ("sqlite", "postgresql", "mysql", "mssql"), ("http", "https
 
 
 def tracking_uri(configured: str | None) -> str:
-    """The configured URI, else MLFLOW_TRACKING_URI, else a SQLite file in ~/.flowbp_ray; a SQLite file's folder is made.
+    """The configured URI, else MLFLOW_TRACKING_URI, else a SQLite file in ~/.flowbp_ray.
 
-    ValueError for one that depends on the working directory or that MLflow cannot keep these runs in; OSError if the
-    folder cannot be made.
+    ValueError for one that depends on the working directory or that MLflow cannot keep these runs in.
     """
     uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_home() / 'mlflow.db'}"
     scheme = _scheme(uri)
@@ -20,11 +19,15 @@ def tracking_uri(configured: str | None) -> str:
             f"{uri!r} is no tracking URI for MLflow 3, which no longer keeps runs in folders: write sqlite:////absolute/path.db, "
             "another database's URI, or a server's http(s) address"
         )
-    if scheme == "sqlite":
-        if not _database(uri).is_absolute():
-            raise ValueError(f"{uri!r} depends on the working directory: write sqlite://// and an absolute path")
-        _database(uri).parent.mkdir(parents=True, exist_ok=True)
+    if scheme == "sqlite" and not _database(uri).is_absolute():
+        raise ValueError(f"{uri!r} depends on the working directory: write sqlite://// and an absolute path")
     return uri
+
+
+def make_room(uri: str) -> None:
+    """Make the folder of a SQLite file, which SQLite does not; OSError if it cannot be made."""
+    if _scheme(uri) == "sqlite":
+        _database(uri).parent.mkdir(parents=True, exist_ok=True)
 
 
 def artifact_root(uri: str) -> str | None:

@@ -103,9 +103,10 @@ class Learner:
         return self.averaged if self.config.evaluation.weights == "ema" else adapter.read(self.backbone.transformer)
 
     def preview(self, prompts: list[str], seeds: list[int]) -> Tensor:
-        """Finished latents ``(B, C, h, w)`` by the evaluated weights; the trained ones are as before afterwards."""
+        """Finished latents ``(B, C, h, w)`` by what would be exported; the trained weights are as before afterwards."""
         sampling, raw = self.config.sampling, adapter.read(self.backbone.transformer)
         adapter.write(self.backbone.transformer, self.evaluated())
+        self.backbone.transformer.set_adapters("default", self.config.adapter.export_strength)
         try:
             return self.backbone.sample_latents(
                 prompts,
@@ -117,6 +118,7 @@ class Learner:
             )
         finally:
             adapter.write(self.backbone.transformer, raw)
+            self.backbone.transformer.set_adapters("default", 1.0)
 
     def save(self, folder: Path) -> None:
         """A checkpoint: the exported adapter as diffusers loads it; beside it raw and averaged weights and the optimizer."""

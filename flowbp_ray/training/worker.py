@@ -1,5 +1,6 @@
 """The Ray Train side: every worker learns from its share of each step's micro-batches, rank 0 publishes and reports."""
 
+import platform
 import tempfile
 import time
 from dataclasses import dataclass
@@ -14,15 +15,17 @@ from ray.actor import ActorHandle
 from torch import Tensor
 
 from flowbp_ray.config import AlignConfig
-from flowbp_ray.rollouts.batches import Block, policy_version
+from flowbp_ray.rollouts.batches import Block, MicroBatch, policy_version
 from flowbp_ray.training.learner import Learner
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a train worker is given: all handles are Ray's, ``preview`` the fixed prompts and seeds that are pictured."""
+    """What a train worker is given: ``folder`` is the run's, all handles are Ray's, ``preview`` the fixed prompts and seeds
+    that are pictured."""
 
     config: AlignConfig
+    folder: Path
     store: ActorHandle
     tracker: ActorHandle
     rewards: str
@@ -30,8 +33,14 @@ class Job:
 
 
 def train_loop(job: Job) -> None:
-    """Do all steps of a run. RuntimeError if a micro-batch reaches another rank than its own, or another step."""
+    """Do all steps of a run. RuntimeError if a micro-batch reaches another rank than its own, or another step, or if the
+    run's folder is not to be seen from here."""
     config, rank = job.config, train.get_context().get_world_rank()
+    if rank == 0 and not (job.folder / "config.yaml").exists():
+        raise RuntimeError(
+            f"the train worker on {platform.node()} cannot see {job.folder}, where its checkpoints would go: "
+            "set output to a folder that all machines of the cluster share"
+        )
     learner = Learner(config)
     if rank == 0:
         ray.get(job.store.publish.remote(learner.policy()))
@@ -49,8 +58,9 @@ def train_loop(job: Job) -> None:
             block = next(blocks)
             seconds["waiting"] += time.perf_counter() - asked
             wanted = part * config.train.workers + rank
-            if (block["part"] != wanted).any():
-                raise RuntimeError(f"rank {rank} was given part {block['part'][0]} of step {step} and not its own, {wanted}")
+            own = MicroBatch.of(config, step * parts * config.train.workers + wanted)
+            if block["sample"].tolist() != list(own.samples):
+                raise RuntimeError(f"rank {rank} was given samples {block['sample'].tolist()} of step {step}, not {own.samples}")
             started = time.perf_counter()
             learner.accumulate(block)
             seconds["update"] += time.perf_counter() - started
@@ -60,6 +70,7 @@ def train_loop(job: Job) -> None:
         norm = learner.update(add_up if config.train.workers > 1 else None)
         seconds["update"] += time.perf_counter() - started
         if config.train.workers > 1:
+            sums = sums.to(learner.backbone.device)  # on GPUs, Ray Train's process group adds up what is there alone
             add_up(sums)
         if rank == 0:
             ray.get(job.store.publish.remote(learner.policy()))

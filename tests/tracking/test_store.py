@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from flowbp_ray.tracking.store import artifact_root, tracking_uri
+from flowbp_ray.tracking.store import artifact_root, make_room, tracking_uri
 
 
 @pytest.fixture
@@ -19,6 +19,8 @@ def home(tmp_path, monkeypatch):
 def test_the_default_is_under_home(home, monkeypatch):
     uri = tracking_uri(None)
     assert uri == f"sqlite:///{home}/.flowbp_ray/mlflow.db"
+    assert not home.exists()  # until it is made room for
+    make_room(uri)
     assert (home / ".flowbp_ray").is_dir()
     monkeypatch.chdir("/")
     assert tracking_uri(None) == uri
@@ -36,6 +38,7 @@ def test_the_configuration_wins_over_the_environment(home, monkeypatch):
 
 def test_a_configured_file_gets_its_folder_and_artifacts_beside_it(home, tmp_path):
     uri = tracking_uri(f"sqlite:///{tmp_path}/new/runs.db?timeout=30")
+    make_room(uri)
     assert (tmp_path / "new").is_dir()
     assert artifact_root(uri) == (tmp_path / "new" / "artifacts").as_uri()
 
