@@ -18,7 +18,14 @@ PROMPTS = ["a red ring", "two circles", "a cross above a square", "a blue square
 
 @pytest.fixture(scope="module")
 def config(tiny_pipeline):
-    settings = ("train.batch=6", "train.micro_batch=3", "sampling.steps=5", "surrogate.active_steps=2", "adapter.rank=4")
+    settings = (
+        "train.batch=6",
+        "train.micro_batch=3",
+        "train.workers=1",
+        "sampling.steps=5",
+        "surrogate.active_steps=2",
+        "adapter.rank=4",
+    )
     return load(CONFIG, [*settings, f"model.path={tiny_pipeline}"])
 
 

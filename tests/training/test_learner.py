@@ -17,7 +17,15 @@ PROMPTS = ["a red ring", "two circles", "a cross above a square", "a blue square
 
 
 def configured(tiny_pipeline, *overrides):
-    settings = ("train.batch=4", "train.micro_batch=4", "sampling.steps=5", "surrogate.active_steps=2", "adapter.rank=4")
+    settings = (
+        "train.batch=4",
+        "train.micro_batch=4",
+        "train.workers=1",
+        "train.velocity_penalty=0",
+        "sampling.steps=5",
+        "surrogate.active_steps=2",
+        "adapter.rank=4",
+    )
     return load(CONFIG, [*settings, f"model.path={tiny_pipeline}", *overrides])
 
 
