@@ -55,7 +55,8 @@ def connect(config: AlignConfig) -> None:
     variables = {"OMP_NUM_THREADS": str(config.cluster.threads), "TRANSFORMERS_VERBOSITY": "error"}
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {}).get("env_vars", {})
     quiet = {"env_vars": {k: v for k, v in variables.items() if k not in job}}  # Ray refuses what a job has set itself
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    for library in ("ray.serve", "ray.data"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(runtime_env=quiet, log_to_driver=False, logging_level="error")
     else:
@@ -78,6 +79,7 @@ def align(config: AlignConfig, folder: Path) -> Outcome:
     """Run on the connected cluster and write to the new ``folder``. Whatever happens, nothing of it goes on running there."""
     data = DataContext.get_current()
     data.enable_progress_bars = False
+    data.issue_detectors_config.detectors = []  # advice for whoever writes a pipeline, not for who runs this one
     data.target_max_block_size = None  # a block is a micro-batch, however large
     data.raise_original_map_exception = True  # else what a stage says of bad input is lost among Ray's errors
     prompts = read_prompts(config.prompts)

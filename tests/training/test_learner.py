@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from flowbp_ray.backbones.sd3 import SD3Backbone
 from flowbp_ray.config import load
 from flowbp_ray.rollouts.sampler import Sampler
 from flowbp_ray.surrogate.methods import METHODS
@@ -175,3 +176,20 @@ def test_a_checkpoint_is_an_adapter_that_can_be_started_from(tiny_pipeline, tmp_
     again = Learner(configured(tiny_pipeline, f"adapter.init_from={tmp_path}"))
     assert again.policy().checksum == learner.policy().checksum
     assert adapter.checksum(again.averaged) == learner.policy().checksum
+
+
+def test_the_preview_is_what_the_exported_adapter_makes(tiny_pipeline, tmp_path):
+    config = configured(tiny_pipeline, "adapter.export_strength=0.5")
+    learner = Learner(config)
+    for parameter in learner.parameters:
+        torch.nn.init.normal_(parameter, std=0.1)
+    learner.averaged = adapter.read(learner.backbone.transformer)
+    settings = {"steps": 5, "guidance_scale": config.sampling.guidance_scale, "height": 64, "width": 64}
+    full = learner.backbone.sample_latents(["a red ring"], [1], **settings)
+    learner.save(tmp_path)
+    exported = SD3Backbone.from_pretrained(tiny_pipeline)
+    adapter.load_export(exported, tmp_path)
+    shown = learner.preview(["a red ring"], [1])
+    torch.testing.assert_close(shown, exported.sample_latents(["a red ring"], [1], **settings), rtol=0, atol=1e-5)
+    assert (shown - full).abs().max() > 1e-2
+    assert torch.equal(learner.backbone.sample_latents(["a red ring"], [1], **settings), full)
