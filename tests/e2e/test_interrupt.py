@@ -42,7 +42,7 @@ def marked(mark):
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="processes are found in /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_run_leaves_no_process_and_a_usable_checkpoint(tmp_path, number):
     mark = f"interrupt-{uuid.uuid4().hex}"
     overrides = [*OVERRIDES, f"output={tmp_path}/runs", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]

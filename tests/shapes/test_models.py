@@ -13,6 +13,7 @@ from flowbp_ray.shapes.build import card
 from flowbp_ray.shapes.build.measure import PAIRS, STEPS, measure_checker, measure_preferences
 from flowbp_ray.shapes.captions import TASKS, evaluation_prompts
 from flowbp_ray.shapes.evaluation import judge, six_tasks
+from flowbp_ray.shapes.preferences import ATTRIBUTES
 
 FIGURES = json.loads((MODELS / "measured.json").read_text())
 
@@ -29,7 +30,8 @@ def test_twenty_megabytes_together_and_nothing_that_is_pickled():
 
 
 def test_the_card_is_the_one_that_the_figures_give():
-    assert (MODELS / "README.md").read_text() == card.card(FIGURES)
+    history = json.loads((MODELS / "training.json").read_text())
+    assert (MODELS / "README.md").read_text() == card.card(FIGURES, history)
 
 
 def test_the_checker_reads_what_the_autoencoder_gives_back(base):
@@ -41,6 +43,7 @@ def test_comparisons_are_decided_as_the_card_says(folder):
     shares = measure_preferences(CLIPScore(folder), number=100, seed=12)  # other pairs than the card's
     stated = FIGURES[f"comparisons_{folder.name}"]
     assert stated["overall"] >= 0.9
+    assert min(stated[kind] for kind in ATTRIBUTES) >= 0.85
     for kind, share in shares.items():  # four standard errors of the difference, and a little for shares near 1
         number = 200 if kind == "overall" else 100
         error = (stated[kind] * (1 - stated[kind]) * (1 / number + 1 / PAIRS)) ** 0.5
