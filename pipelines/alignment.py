@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray import serve
 from ray.actor import ActorHandle
@@ -48,6 +49,10 @@ class Outcome:
     base: dict[str, Score] | None
     aligned: dict[str, Score]
     info: dict[str, str]
+    #: By stage, one value a step.
+    seconds: dict[str, list[float]]
+    #: The first and the last pictures of the preview's prompts, uint8 ``(B, H, W, 3)``; None if there were none.
+    pictures: tuple[np.ndarray, np.ndarray] | None
 
 
 def connect(config: AlignConfig) -> None:
@@ -75,14 +80,23 @@ def connect(config: AlignConfig) -> None:
             )
 
 
-def align(config: AlignConfig, folder: Path) -> Outcome:
-    """Run on the connected cluster and write to the new ``folder``. Whatever happens, nothing of it goes on running there."""
+@dataclass(frozen=True)
+class Session:
+    """What one MLflow run has at hand on the cluster: the tracker, the name of its reward application, what a person is told."""
+
+    tracker: ActorHandle
+    rewards: str
+    info: dict[str, str]
+
+
+@contextlib.contextmanager
+def session(config: AlignConfig, folder: Path) -> Iterator[Session]:
+    """An MLflow run, the new ``folder`` and the rewards, served. Whatever happens, nothing of it goes on running afterwards."""
     data = DataContext.get_current()
     data.enable_progress_bars = False
     data.issue_detectors_config.detectors = []  # advice for whoever writes a pipeline, not for who runs this one
     data.target_max_block_size = None  # a block is a micro-batch, however large
     data.raise_original_map_exception = True  # else what a stage says of bad input is lost among Ray's errors
-    prompts = read_prompts(config.prompts)
     uri = tracking_uri(config.tracking.uri)
     tracker = (
         ray.remote(Tracker)
@@ -96,21 +110,7 @@ def align(config: AlignConfig, folder: Path) -> Outcome:
     rewards, status = f"rewards-{info['run_id'][:8]}", "FAILED"
     try:
         serve.run(application(config), name=rewards, route_prefix=None)
-        base = judged(config, "base", rewards, None, tracker, 0) if config.evaluation.before else None
-        preview = previewed(config)
-        result = trained(config, prompts, folder, rewards, tracker, preview)
-        with result.checkpoint.as_directory() as checkpoint:
-            exported = folder / "adapter"
-            exported.mkdir()
-            for name in (EXPORT_FILE, "adapter.json"):
-                shutil.copy(Path(checkpoint) / name, exported / name)
-        aligned = judged(config, "aligned", rewards, (exported / EXPORT_FILE).read_bytes(), tracker, config.train.steps)
-        (folder / "table.md").write_text(table(config, base, aligned), encoding="utf-8")
-        if shown := ray.get(tracker.first_and_last.remote()):
-            before_after(config, [p for p, _ in preview], *shown).save(folder / "before_after.png")
-            ray.get(tracker.artifact.remote(folder / "before_after.png"))
-        ray.get(tracker.artifact.remote(exported))
-        ray.get(tracker.artifact.remote(folder / "table.md", "evaluation"))
+        yield Session(tracker, rewards, info)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -118,7 +118,34 @@ def align(config: AlignConfig, folder: Path) -> Outcome:
     finally:
         clean_up("remove the reward service", lambda: serve.delete(rewards))
         clean_up("end the MLflow run", lambda: ray.get(tracker.finish.remote(status), timeout=60))
-    return Outcome(folder, base, aligned, info)
+
+
+def align(config: AlignConfig, folder: Path) -> Outcome:
+    """Run on the connected cluster and write to the new ``folder``."""
+    prompts = read_prompts(config.prompts)
+    with session(config, folder) as at:
+        base = judged(config, "base", at, None, 0) if config.evaluation.before else None
+        preview = previewed(config)
+        result = trained(config, prompts, folder, at, preview)
+        with result.checkpoint.as_directory() as checkpoint:
+            exported = folder / "adapter"
+            exported.mkdir()
+            for name in (EXPORT_FILE, "adapter.json"):
+                shutil.copy(Path(checkpoint) / name, exported / name)
+        aligned = judged(config, "aligned", at, (exported / EXPORT_FILE).read_bytes(), config.train.steps)
+        (folder / "table.md").write_text(table(config, base, aligned), encoding="utf-8")
+        if shown := ray.get(at.tracker.first_and_last.remote()):
+            before_after(config, [p for p, _ in preview], *shown).save(folder / "before_after.png")
+            ray.get(at.tracker.artifact.remote(folder / "before_after.png"))
+        ray.get(at.tracker.artifact.remote(exported))
+        ray.get(at.tracker.artifact.remote(folder / "table.md", "evaluation"))
+        return Outcome(folder, base, aligned, at.info, ray.get(at.tracker.seconds.remote()), shown)
+
+
+def judge_base(config: AlignConfig, folder: Path) -> dict[str, Score]:
+    """Evaluate the model as it is, in an MLflow run of its own."""
+    with session(config, folder) as at:
+        return judged(config, "base", at, None, 0)
 
 
 def clean_up(what: str, do: Callable[[], object]) -> None:
@@ -129,22 +156,20 @@ def clean_up(what: str, do: Callable[[], object]) -> None:
         print(f"could not {what}: {reason(error)}", file=sys.stderr)
 
 
-def trained(
-    config: AlignConfig, prompts: list[str], folder: Path, rewards: str, tracker: ActorHandle, preview: list[tuple[str, int]]
-) -> Result:
+def trained(config: AlignConfig, prompts: list[str], folder: Path, at: Session, preview: list[tuple[str, int]]) -> Result:
     """Stream rollouts to the train workers until all steps are done."""
     store = ray.remote(PolicyStore).options(num_cpus=0).remote(keep=config.train.policy_lag + 2)
     cluster = config.cluster
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config=Job(config, folder, store, tracker, rewards, preview),
+        train_loop_config=Job(config, folder, store, at.tracker, at.rewards, preview),
         scaling_config=ScalingConfig(
             num_workers=config.train.workers,
             use_gpu=cluster.trainer_gpus > 0,
             resources_per_worker={"CPU": cluster.trainer_cpus} | ({"GPU": cluster.trainer_gpus} if cluster.trainer_gpus else {}),
         ),
         run_config=RunConfig(name=folder.name, storage_path=str(folder.parent)),
-        datasets={"rollouts": rollouts(config, prompts, store, rewards)},
+        datasets={"rollouts": rollouts(config, prompts, store, at.rewards)},
         # Which rank gets which micro-batch depends on the order alone.
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
     )
@@ -154,11 +179,11 @@ def trained(
         began, told = time.monotonic(), False
         try:
             while not ray.wait([running], timeout=0.5)[0]:
-                follow(bar, ray.get(tracker.progress.remote()))
+                follow(bar, ray.get(at.tracker.progress.remote()))
                 if bar.n == 0 and not told and time.monotonic() - began > PATIENCE:
                     told = True
                     bar.write(f"no step yet: {config.reserved()} are needed, free are {ray.available_resources()}", sys.stderr)
-            follow(bar, ray.get(tracker.progress.remote()))
+            follow(bar, ray.get(at.tracker.progress.remote()))
         except BaseException:
             ray.cancel(running, force=True)
             raise
@@ -189,15 +214,13 @@ def follow(bar: tqdm, newest: tuple[int, dict[str, float]] | None) -> None:
     bar.update(step + 1 - bar.n)
 
 
-def judged(
-    config: AlignConfig, name: str, rewards: str, exported: bytes | None, tracker: ActorHandle, step: int
-) -> dict[str, Score]:
+def judged(config: AlignConfig, name: str, at: Session, exported: bytes | None, step: int) -> dict[str, Score]:
     """Evaluate, and log the figures."""
     with progress(config.evaluation.per_task * len(TASKS), f"evaluate {name}", "picture") as bar:
-        scores = evaluate(config, rewards, exported, bar.update)
+        scores = evaluate(config, at.rewards, exported, bar.update)
     figures = {f"eval/{name}/{k}": s.value for k, s in scores.items()}
     figures |= {f"eval/{name}/{k}_error": s.error for k, s in scores.items()}
-    ray.get(tracker.figures.remote(figures, step))
+    ray.get(at.tracker.figures.remote(figures, step))
     return scores
 
 

@@ -72,8 +72,6 @@ def main() -> None:
         configs = {lag: settings(args, lag, store) for lag in (0, 1)}
     except ConfigError as error:
         sys.exit(str(error))
-    from mlflow import MlflowClient
-
     from pipelines import quiet_libraries
     from pipelines.alignment import align, cluster, reason
 
@@ -86,9 +84,7 @@ def main() -> None:
                 outcome = align(config, store / f"lag{lag}")
         except Exception as error:  # the boundary to the user, as in align
             sys.exit(f"\nstopped at policy_lag {lag}: {reason(error)}")
-        client = MlflowClient(config.tracking.uri)
-        points = {s: client.get_metric_history(outcome.info["run_id"], f"seconds/{s}")[FIRST:] for s in (*STAGES, "step")}
-        lines.append(row(lag, {s: statistics.median(p.value for p in values) for s, values in points.items()}))
+        lines.append(row(lag, {s: statistics.median(outcome.seconds[s][FIRST:]) for s in (*STAGES, "step")}))
     text = "\n".join([*lines, "", f"Seconds, medians of {args.steps} steps of {configs[0].train.batch} samples.", ""])
     (store / "step_times.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\n{store / 'step_times.md'}")

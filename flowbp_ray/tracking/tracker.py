@@ -1,6 +1,7 @@
 """The tracker: the one actor beside the driver that holds the MLflow run, and knows how far the training is."""
 
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ class Tracker:
         self.run = TrackedRun(uri, experiment, run_name, config=config)
         self.newest: tuple[int, dict[str, float]] | None = None
         self.pictured: dict[int, np.ndarray] = {}
+        self.durations: dict[str, list[float]] = defaultdict(list)
 
     def info(self) -> dict[str, str]:
         """As `TrackedRun.info`."""
@@ -25,6 +27,8 @@ class Tracker:
         """Log a training step's figures."""
         self.run.metrics(values, step)
         self.newest = step, values
+        for key in (k for k in values if k.startswith("seconds/")):
+            self.durations[key.removeprefix("seconds/")].append(values[key])
 
     def figures(self, values: dict[str, float], step: int) -> None:
         """Log other figures, such as an evaluation's."""
@@ -33,6 +37,10 @@ class Tracker:
     def progress(self) -> tuple[int, dict[str, float]] | None:
         """The last training step and its figures; None before the first."""
         return self.newest
+
+    def seconds(self) -> dict[str, list[float]]:
+        """What the steps took so far, by stage."""
+        return dict(self.durations)
 
     def previews(self, prompts: list[str], pictures: np.ndarray, version: int) -> None:
         """Log the pictures uint8 ``(B, H, W, 3)`` of the fixed prompts; the first and the last ones are kept here too."""
