@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.batches import Block, MicroBatch, policy_version
+from flowbp_ray.rollouts.plans import plan_of
 from flowbp_ray.training.learner import Learner
 
 
@@ -44,6 +45,8 @@ def train_loop(job: Job) -> None:
     learner = Learner(config)
     if rank == 0:
         ray.get(job.store.publish.remote(learner.policy()))
+        plans = (f"step {step}: {plan_of(config, learner.sigmas, step).table()}" for step in range(config.train.steps))
+        ray.get(job.tracker.text.remote("\n\n".join(plans), "plans.txt"))
         show(job, learner)
     shard = train.get_dataset_shard("rollouts")
     blocks = iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
