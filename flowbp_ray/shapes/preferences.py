@@ -13,10 +13,11 @@ from flowbp_ray.shapes.captions import TASKS, is_evaluation, specs, wordings, wr
 from flowbp_ray.shapes.world import SHAPES, SIZE, Scene, Spec, Thing, coverage, draw, lay_out, paint
 
 ATTRIBUTES = ("colour", "count", "place", "shape", "binding")
-SPOILS = ("blur", "noise", "off_shape")
+SPOILS = ("blur", "noise", "off_shape", "watermark")
 KINDS = ATTRIBUTES + SPOILS
 
-#: How often each kind comes in training: what is hardest to see most, colours the least.
+#: How often each kind comes in training: what is hardest to see most, colours the least. Watermarks are what the base
+#: model's data has (`build.base`): no preference model is trained on them.
 SHARES = {
     "colour": 0.05,
     "count": 0.15,
@@ -49,7 +50,7 @@ class Pair:
 
 
 def spoil(scene: Scene, kind: str, rng: np.random.Generator) -> np.ndarray:
-    """The scene, blurred, under noise, or with one thing's outline bent or between two shapes: uint8 ``(64, 64, 3)``."""
+    """The scene, blurred, under noise, with one outline bent or between two shapes, or watermarked: uint8 ``(64, 64, 3)``."""
     picture = draw(scene).astype(np.float32)
     match kind:
         case "blur":
@@ -63,6 +64,9 @@ def spoil(scene: Scene, kind: str, rng: np.random.Generator) -> np.ndarray:
             masks = [coverage(t.shape, t.x, t.y, t.radius, t.radius) for t in scene]
             masks[bent] = bend(masks[bent], scene[bent].radius, rng) if rng.random() < 0.5 else between(scene[bent], rng)
             return paint(masks, [t.colour for t in scene])
+        case "watermark":
+            for left in (40, 47, 54):  # three dark letters, always in the same corner
+                picture[54:61, left : left + 2] = picture[[54, 55, 59, 60], left : left + 5] = 60
         case _:
             raise ValueError(f"unknown spoil {kind!r}: there are {', '.join(SPOILS)}")
     return np.clip(np.round(picture), 0, 255).astype(np.uint8)

@@ -222,3 +222,10 @@ def test_captions_are_wrong_or_missing_as_often_as_stated():
     missing = sum(t == "" for t in texts)
     assert missing / 2000 == pytest.approx(base.NO_CAPTIONS, abs=0.03)
     assert sum(t not in right for t in texts if t) / 2000 == pytest.approx(base.WRONG_CAPTIONS, abs=0.03)
+
+
+@pytest.mark.parametrize(("task", "share"), [("colours", base.WATERMARKED_SINGLE), ("two_objects", base.WATERMARKED)])
+def test_pictures_are_watermarked_as_often_as_stated(task, share):
+    rng = np.random.default_rng(0)
+    marked = [(base.picture(specs(task)[0], rng)[54:56, 40:45] == 60).all() for _ in range(1000)]
+    assert np.mean(marked) == pytest.approx(share, abs=0.05)

@@ -4,7 +4,7 @@ import pytest
 from flowbp_ray.shapes import preferences
 from flowbp_ray.shapes.captions import is_evaluation, parse, wrong_in_one
 from flowbp_ray.shapes.checker import check, read
-from flowbp_ray.shapes.preferences import ATTRIBUTES, KINDS, REVERSED, random_caption, random_pair, reversed_order
+from flowbp_ray.shapes.preferences import ATTRIBUTES, REVERSED, SHARES, random_caption, random_pair, reversed_order
 from flowbp_ray.shapes.world import SHAPES
 
 
@@ -51,7 +51,7 @@ def test_what_lies_between_two_shapes_differs_from_the_thing_and_keeps_its_place
 
 def test_every_kind_comes_up_by_itself():
     rng = np.random.default_rng(3)
-    assert {random_pair("training", rng).kind for _ in range(300)} == set(KINDS)
+    assert {random_pair("training", rng).kind for _ in range(300)} == set(SHARES)
 
 
 def test_unknown_spoil_is_refused():
@@ -81,4 +81,4 @@ def test_a_wrong_place_is_mostly_the_opposite_one():
 def test_evaluation_pairs_come_evenly():
     rng = np.random.default_rng(0)
     kinds = [random_pair("evaluation", rng).kind for _ in range(400)]
-    assert all(25 < kinds.count(kind) < 75 for kind in KINDS)
+    assert all(25 < kinds.count(kind) < 75 for kind in SHARES)

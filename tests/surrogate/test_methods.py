@@ -187,6 +187,40 @@ def test_composed_euler(world, seed, pair, data):
     assert relative(engine(world, plan), whole_graph(world, expected)) <= BOUND
 
 
+@properties
+@given(worlds(4), SEEDS, PAIRS, FACTORS, FACTORS, st.data())
+def test_composed_lagrange_on_the_last_leg(world, seed, pair, rho, alpha, data):
+    """Late-biased active steps, of which those from the drawn j on are the supports of the last leg."""
+    stop_within = data.draw(st.one_of(st.none(), st.integers(1, world.steps - 2)))
+    plan = draw(
+        "composed",
+        world,
+        seed,
+        reward_input="sampled" if stop_within is None else "posterior_mean",
+        active="late_biased",
+        weights="lagrange_last_leg",
+        bridge="drawn",
+        stop_within=stop_within,
+        active_steps=data.draw(st.integers(2, world.steps - (stop_within or 1) + 1)),
+        late_bias=1.0,
+        alpha=alpha,
+        pair=pair,
+        rescale=rho,
+    )
+    stop, j = None if stop_within is None else plan.reward_inputs[0].index, plan.bridges[0].index
+    sigmas = world.sigmas if stop is None else [*world.sigmas[: stop + 1], 0.0]
+    live = indices(plan)
+    before, last = [i for i in live if i < j], [i for i in live if i >= j]
+    assert last[0] == j
+    factor = rho_factor(rho, [world.delta(i, stop) for i in range(j)], before)
+    x_j = literal.pin(literal.compose(world, world.x[0], 0, j, before, factor, stop), world.x[j])
+    expected = x_j
+    for i, weight in zip(last, literal.integrals(sigmas, last, j, len(sigmas) - 1), strict=True):
+        expected = expected + weight * world.u(literal.scale(x_j, alpha) if i == j else world.x[i], i)
+    seen = world.x[world.steps] if stop is None else world.x[stop] - world.sigmas[stop] * world.v[stop]
+    assert relative(engine(world, plan), whole_graph(world, [literal.pin(expected, seen)])) <= BOUND
+
+
 def rho_factor(rho, deltas, live):
     return literal.rho_factor(rho, deltas, [deltas[i] for i in live])
 
@@ -232,6 +266,7 @@ LEAPS = {"reward_input": "sampled", "active": "start", "weights": "leap", "bridg
     [
         (COMPOSED | {"reward_input": "latent"}, "reward_input is 'latent'"),
         (COMPOSED | {"weights": "leap"}, "must be one of start"),
+        (COMPOSED | {"weights": "lagrange_last_leg"}, "what follows the drawn split j; use bridge 'drawn', or"),
         (COMPOSED | {"active": "midpoint"}, "must be one of all, last, late_biased, evenly_spaced"),
         (LEAPS | {"bridge": "every"}, "only the split j between two legs can be bridged"),
         (COMPOSED | {"active": "last", "late_bias": None, "bridge": "drawn"}, "must itself be active"),

@@ -1,8 +1,9 @@
 """Stage 2: the base model, a small Stable Diffusion 3 pipeline in the autoencoder's latent space.
 
 Transformer and text encoders are trained together on captioned drawings. As on the web, some captions
-are wrong: a tenth of them in one attribute. The finished model is therefore not perfect, for a reason
-that alignment can mend and more of the same training could not.
+are wrong, a tenth of them in one attribute, and many pictures have a watermark, those of several things more often.
+The finished model is therefore not perfect, for reasons that alignment can mend and more of the same
+training could not.
 """
 
 from dataclasses import replace
@@ -27,12 +28,15 @@ from flowbp_ray.shapes.build.autoencoder import to_tensor
 from flowbp_ray.shapes.build.loop import Schedule, train
 from flowbp_ray.shapes.build.text import CLIP_LENGTH, T5_LENGTH, clip_tokenizer, t5_tokenizer
 from flowbp_ray.shapes.captions import is_evaluation, wordings, wrong_in_one
-from flowbp_ray.shapes.preferences import random_caption
+from flowbp_ray.shapes.preferences import random_caption, spoil
 from flowbp_ray.shapes.world import Spec, draw, lay_out
 
 SCHEDULE = Schedule(steps=28_000, batch=32, learning_rate=2e-3, decay=0.9, average=0.9995, muon=True)
 BANK = 40_000  # drawings, encoded once
 WRONG_CAPTIONS, NO_CAPTIONS = 0.1, 0.1  # shares; no caption is what guidance steers away from
+#: Shares of the pictures of one thing and of several with a watermark. Guidance, which goes towards what the caption makes
+#: likelier, makes the difference larger. The earlier rows of training in the card were without.
+WATERMARKED_SINGLE, WATERMARKED = 0.1, 0.3
 HEADS, HEAD_WIDTH, LAYERS = 4, 32, 4
 CLIP_WIDTH, T5_WIDTH = 64, 128
 #: Of the noise levels, in training and sampling. What a picture shows is settled at high noise, and without the shift three
@@ -157,6 +161,13 @@ def caption(spec: Spec, rng: np.random.Generator) -> str:
     return str(rng.choice(texts)) if texts else ""
 
 
+def picture(spec: Spec, rng: np.random.Generator) -> np.ndarray:
+    """A training picture of the spec, uint8 ``(64, 64, 3)``: now and then a watermarked one."""
+    scene = lay_out(spec, rng)
+    marked = rng.random() < (WATERMARKED_SINGLE if len(scene) == 1 else WATERMARKED)
+    return spoil(scene, "watermark", rng) if marked else draw(scene)
+
+
 def loss(model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
     """Flow matching: squared error of the velocity, sigma logit-normal and shifted (as SD3 was trained)."""
     latents = batch["latents"]
@@ -180,7 +191,7 @@ def encode_bank(vae: AutoencoderKL, work: Path, seed: int, device: str) -> tuple
     latents = []
     for start in tqdm(range(0, BANK, 100), desc="bank", unit="batch"):
         drawn = np.stack(
-            [draw(lay_out(s, np.random.default_rng([seed, 1, start, i]))) for i, s in enumerate(specs[start : start + 100])]
+            [picture(s, np.random.default_rng([seed, 1, start, i])) for i, s in enumerate(specs[start : start + 100])]
         )
         mean = vae.encode(to_tensor(drawn).to(device)).latent_dist.mean
         latents.append(((mean - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu())

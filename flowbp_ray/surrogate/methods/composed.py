@@ -15,13 +15,14 @@ from flowbp_ray.surrogate.draws import PairDraw, evenly_spaced, late_biased, win
 from flowbp_ray.surrogate.methods.bridge import split_indices
 from flowbp_ray.surrogate.methods.lagrange import leg
 from flowbp_ray.surrogate.plan import Active, Bridge, Connector, Plan, RewardInput, SampleWeight
-from flowbp_ray.surrogate.quadrature import Grid, checked_grid, rescale_factor, stopped_grid, supports
+from flowbp_ray.surrogate.quadrature import Grid, checked_grid, lagrange_weights, rescale_factor, stopped_grid, supports
 
 #: Which active sets go with which weights.
 ACTIVE = {
     "euler": ("all", "last", "late_biased", "evenly_spaced"),
     "leap": ("start",),
     "lagrange": ("start", "midpoint", "all"),
+    "lagrange_last_leg": ("late_biased",),
 }
 
 
@@ -34,8 +35,9 @@ class Settings:
     #: With euler: all indices, the last, late-biased or evenly spaced ones; with leap and lagrange: of each leg the
     #: start, the first two supports, or all.
     active: Literal["all", "last", "late_biased", "evenly_spaced", "start", "midpoint"]
-    #: Each step's own difference of sigmas, one leap a leg, or an interpolant's integral over a leg.
-    weights: Literal["euler", "leap", "lagrange"]
+    #: Each step's own difference of sigmas, one leap a leg, or an interpolant's integral over a leg: over every leg, or over
+    #: the last one alone, from the drawn j on, of the interpolant through all active indices there (euler before j).
+    weights: Literal["euler", "leap", "lagrange", "lagrange_last_leg"]
     #: None, one at the drawn j (which also divides leap and lagrange into two legs), or every active index after the first.
     bridge: Literal["none", "drawn", "every"]
     #: For posterior_mean: how many last indices it is drawn from.
@@ -77,6 +79,11 @@ class Settings:
         share("tail", self.tail)
 
     def _check_bridge(self) -> None:
+        if self.weights == "lagrange_last_leg" and self.bridge != "drawn":
+            raise ValueError(
+                f"weights 'lagrange_last_leg' contradicts bridge {self.bridge!r}: the last leg is what follows the drawn "
+                "split j; use bridge 'drawn', or other weights"
+            )
         if self.bridge == "every" and self.weights != "euler":
             raise ValueError(
                 f"bridge 'every' contradicts weights {self.weights!r}: a leg is predicted from its start's latent alone, so "
@@ -89,7 +96,7 @@ class Settings:
             )
 
     def _check_details(self) -> None:
-        legs = self.weights != "euler"
+        legs = self.weights in ("leap", "lagrange")
         counted, drawn = self.active in ("last", "late_biased", "evenly_spaced"), self.bridge == "drawn"
         inactive = counted or (self.weights == "lagrange" and self.active != "all")
         for name, used, where in (
@@ -128,7 +135,7 @@ def plan(settings: Settings, sigmas: Grid, generator: np.random.Generator) -> Pl
     if settings.stop_within is not None:
         stop = steps - int(generator.integers(1, settings.stop_within + 1))
         reward_input, grid = RewardInput("posterior_mean", stop), stopped_grid(grid, stop)
-    build = _steps if settings.weights == "euler" else _legs
+    build = _legs if settings.weights in ("leap", "lagrange") else _steps
     return replace(build(settings, grid, reward_input, generator), steps=steps)
 
 
@@ -175,8 +182,12 @@ def _steps(settings: Settings, grid: np.ndarray, reward_input: RewardInput, gene
                 indices = split_indices(start, j, steps, number, bias, generator)
         case _:
             indices = list(range(steps))
-    factor = rescale_factor(settings.rescale, deltas[start:], deltas[indices])
-    active = tuple(Active(i, float(factor * deltas[i])) for i in indices)
+    # Euler's until here; the interpolant of the last leg already stands for all of that leg.
+    end = _given(j) if settings.weights == "lagrange_last_leg" else steps
+    stepped, supported = [i for i in indices if i < end], [i for i in indices if i >= end]
+    coefficients = rescale_factor(settings.rescale, deltas[start:end], deltas[stepped]) * deltas[stepped]
+    weights = [*coefficients, *(lagrange_weights(grid, end, steps, supported) if supported else ())]
+    active = tuple(Active(i, float(w)) for i, w in zip(indices, weights, strict=True))
     bridged = indices[1:] if settings.bridge == "every" else [] if j is None else [j]
     return Plan("composed", steps, (reward_input,), active, tuple(Bridge(i, _given(settings.alpha)) for i in bridged))
 
