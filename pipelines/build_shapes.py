@@ -93,7 +93,8 @@ def main() -> None:
             sys.exit(f"{stage} needs what an earlier stage makes, {missing[0]}: run the stages in order, or all")
         builds[stage]()
         if stage != "measure":
-            measure.record(target, stage, measure.trained(work / stage), args.further)
+            data = {"watermarked": [base.WATERMARKED_SINGLE, base.WATERMARKED]} if stage == "base" else {}
+            measure.record(target, stage, measure.trained(work / stage) | data, args.further)
             (work / "measure" / "done").unlink(missing_ok=True)
         done.parent.mkdir(parents=True, exist_ok=True)
         done.touch()

@@ -31,6 +31,7 @@ def card(figures: dict, history: list[dict]) -> str:
             f"{row['learning_rate']:g}",
             "Muon, AdamW" if row["muon"] else "AdamW",
             f"{row['average']:g}",
+            ", ".join(f"{100 * share:g}" for share in row.get("watermarked", ())),
             f"{row['minutes']:.0f}",
         ]
         for row in history
@@ -48,6 +49,13 @@ def card(figures: dict, history: list[dict]) -> str:
         [k, *(f"{100 * figures[f'comparisons_{m}'][k]:.1f}" for m in ("reward", "judge"))] for k in (*KINDS, "overall")
     ]
     trained_out = "" if gained < 2 else ": it is **not trained out**, and `build_shapes base --further` goes on from it"
+    rows = [row for row in history if row["part"] == "base"]
+    same = sum(row["steps"] for row in rows if row.get("watermarked") == rows[-1].get("watermarked"))
+    if same < sum(row["steps"] for row in rows) / 5:
+        trained_out = (
+            ", but other pictures of its data have watermarks since: whether it is trained out is **not known** until it has "
+            "gone on, with `build_shapes base --further`"
+        )
     low = [f"{m} on {k}" for m in ("reward", "judge") for k in ATTRIBUTES if figures[f"comparisons_{m}"][k] < 0.85]
     weak = f"Below 85 % on a stated attribute: **{', '.join(low)}**." if low else "Every stated attribute is at 85 % or above."
     return f"""# The embedded default's models
@@ -70,12 +78,13 @@ its own best guidance is **{best:g}**.
 ## Data
 
 Drawings of random training captions of the six tasks, evenly. As on the web, {100 * base.WRONG_CAPTIONS:.0f} % of the base's training captions
-are wrong in one attribute and {100 * base.NO_CAPTIONS:.0f} % are missing, so that a base that is trained out still leaves alignment something
-to mend. Evaluation captions are in no training set (`tests/shapes/test_captions.py`).
+are wrong in one attribute, {100 * base.NO_CAPTIONS:.0f} % are missing, and pictures have a watermark: the table below says how many per cent of
+those of one thing and of several. A base that is trained out so still leaves alignment something to mend. Watermarks make the
+checker fail a picture; neither reward nor judge was ever trained on one. Evaluation captions are in no training set (`tests/shapes/test_captions.py`).
 
 ## Training
 
-{table(["part", "steps", "batch", "learning rate", "optimizer", "weights averaged", "minutes, one CPU core"], training)}
+{table(["part", "steps", "batch", "learning rate", "optimizer", "weights averaged", "watermarked, %", "minutes, one CPU core"], training)}
 
 A part with several rows was trained further, on other drawings. Muon is for the matrices of stacked layers. The base's noise
 levels are shifted by {base.SHIFT:g}, in training (but not in its first row) and in its scheduler. The base and its text encoders are
