@@ -266,7 +266,8 @@ def table(config: AlignConfig, base: dict[str, Score] | None, aligned: dict[str,
     settings, sampling = config.evaluation, config.sampling
     lines.append("")
     lines.append(
-        f"Tasks: % right by the exact checker, {settings.per_task} pictures each; rewards: mean over all of these. "
+        f"Tasks: % right by the exact checker, {settings.per_task} pictures each; watermarked: % of all of these "
+        "(the checker lets none of them pass); rewards: their mean. "
         f"± is one standard error. Guidance {sampling.guidance_scale:g}, {sampling.steps} steps, seed {settings.seed}, "
         f"weights: {settings.weights}."
     )

@@ -10,7 +10,7 @@ from ray.data import ActorPoolStrategy
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.stages import Examiner, Painter
 from flowbp_ray.shapes.captions import TASKS, evaluation_prompts
-from flowbp_ray.shapes.evaluation import Score, six_tasks
+from flowbp_ray.shapes.evaluation import Score, share, six_tasks
 
 SEEDS_APART = 1_000_000  # between two evaluation seeds: more than there are pictures of a task
 
@@ -18,7 +18,10 @@ SEEDS_APART = 1_000_000  # between two evaluation seeds: more than there are pic
 def evaluate(
     config: AlignConfig, application: str, exported: bytes | None, progress: Callable[[int], object]
 ) -> dict[str, Score]:
-    """The six tasks, their ``mean``, and every reward component's mean with its standard error; ``exported`` None is the base."""
+    """The six tasks, their ``mean``, the share ``watermarked`` and every reward component's mean, with standard errors.
+
+    ``exported`` is an adapter's file; None is the base.
+    """
     settings = config.evaluation
     source = []
     for task, prompts in evaluation_prompts(settings.per_task, settings.seed).items():
@@ -52,6 +55,7 @@ def evaluate(
         progress(len(block["right"]))
     columns = {k: np.concatenate([b[k] for b in blocks]) for k in blocks[0]}
     scores = six_tasks({task: columns["right"][columns["task"] == task].tolist() for task in TASKS})
+    scores["watermarked"] = share(columns["watermarked"].tolist())
     for name in (k for k in columns if k.startswith("reward/")):
         values = columns[name].astype(np.float64)
         scores[name] = Score(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))

@@ -16,6 +16,7 @@ from ray.actor import ActorHandle
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.batches import Block, MicroBatch
 from flowbp_ray.shapes.checker import check
+from flowbp_ray.shapes.preferences import watermarked
 
 ANSWER_WITHIN = 600  # seconds, for one micro-batch's rewards
 
@@ -106,5 +107,9 @@ class Examiner:
         """Scores and the checker's verdicts in place of the latents."""
         prompts = block["prompt"].tolist()
         seen = self.service.look.remote(np.ascontiguousarray(block.pop("latents")), prompts).result(timeout_s=ANSWER_WITHIN)
-        verdicts = [check(picture, prompt).right for picture, prompt in zip(seen["pictures"], prompts, strict=True)]
-        return {"task": block["task"], "right": np.array(verdicts), **{f"reward/{k}": v for k, v in seen["components"].items()}}
+        return {
+            "task": block["task"],
+            "right": np.array([check(picture, prompt).right for picture, prompt in zip(seen["pictures"], prompts, strict=True)]),
+            "watermarked": np.array([watermarked(picture) for picture in seen["pictures"]]),
+            **{f"reward/{k}": v for k, v in seen["components"].items()},
+        }

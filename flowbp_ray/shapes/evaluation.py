@@ -13,7 +13,7 @@ from flowbp_ray.shapes.checker import check
 
 @dataclass(frozen=True)
 class Score:
-    """A share of right pictures (0…1) and its standard error."""
+    """A share of pictures (0…1), or a mean reward, and its standard error."""
 
     value: float
     error: float
@@ -22,15 +22,18 @@ class Score:
         return f"{100 * self.value:.1f} ± {100 * self.error:.1f} %"
 
 
+def share(yes: Sequence[bool]) -> Score:
+    """The share that is true, with its binomial standard error."""
+    value = float(np.mean(yes))
+    return Score(value, float(np.sqrt(value * (1 - value) / len(yes))))
+
+
 def six_tasks(rights: Mapping[str, Sequence[bool]]) -> dict[str, Score]:
     """Each task's share of right pictures, and ``mean`` over the six tasks."""
     missing = [t for t in TASKS if not rights.get(t)]
     if missing:
         raise ValueError(f"no pictures were judged for {', '.join(missing)}: the mean needs all six tasks")
-    scores = {}
-    for task in TASKS:
-        share, number = float(np.mean(rights[task])), len(rights[task])
-        scores[task] = Score(share, float(np.sqrt(share * (1 - share) / number)))
+    scores = {task: share(rights[task]) for task in TASKS}
     errors = np.array([scores[t].error for t in TASKS])
     mean = float(np.mean([scores[t].value for t in TASKS]))
     return scores | {"mean": Score(mean, float(np.sqrt((errors**2).sum()) / len(TASKS)))}

@@ -34,6 +34,11 @@ SHARES = {
 #: of" would say nothing, on average, about which shape is where, and neither text nor picture encoder would begin to learn it.
 REVERSED = 0.1
 
+#: A watermark: the pixels of three letters, ``(3, 64, 64)``, always in the same corner.
+LETTERS = np.zeros((3, SIZE, SIZE), bool)
+for _letter, _left in zip(LETTERS, (40, 47, 54), strict=True):
+    _letter[54:61, _left : _left + 2] = _letter[[54, 55, 59, 60], _left : _left + 5] = True
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -65,11 +70,17 @@ def spoil(scene: Scene, kind: str, rng: np.random.Generator) -> np.ndarray:
             masks[bent] = bend(masks[bent], scene[bent].radius, rng) if rng.random() < 0.5 else between(scene[bent], rng)
             return paint(masks, [t.colour for t in scene])
         case "watermark":
-            for left in (40, 47, 54):  # three dark letters, always in the same corner
-                picture[54:61, left : left + 2] = picture[[54, 55, 59, 60], left : left + 5] = 60
+            picture[LETTERS.any(0)] = 60
         case _:
             raise ValueError(f"unknown spoil {kind!r}: there are {', '.join(SPOILS)}")
     return np.clip(np.round(picture), 0, 255).astype(np.uint8)
+
+
+def watermarked(picture: np.ndarray) -> bool:
+    """Whether a uint8 picture ``(64, 64, 3)`` has all three letters, in any dark colour: a small autoencoder knows no grey."""
+    light = picture.min(-1).astype(np.float32)
+    holes = np.roll(LETTERS, 3, axis=2) & ~LETTERS.any(0)  # beside each letter's stem
+    return all(light[hole].mean() - light[letter].mean() > 60 for letter, hole in zip(LETTERS, holes, strict=True))
 
 
 def bend(mask: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:

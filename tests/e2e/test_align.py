@@ -121,7 +121,7 @@ def test_mlflow_has_one_point_a_step_the_pictures_and_the_adapter(aligned, here)
     assert logged == [[int(points[step].value) for points in drawn] for step in range(4)]
     assert run.data.metrics["eval/aligned/mean"] == pytest.approx(outcome.aligned["mean"].value)
     assert set(outcome.base) == {*outcome.aligned}
-    assert {"mean", "position", "reward/preference", "reward/judge"} <= set(outcome.aligned)
+    assert {"mean", "position", "watermarked", "reward/preference", "reward/judge"} <= set(outcome.aligned)
 
 
 def test_what_a_person_finds_in_the_folder(aligned):

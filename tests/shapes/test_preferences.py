@@ -5,7 +5,7 @@ from flowbp_ray.shapes import preferences
 from flowbp_ray.shapes.captions import is_evaluation, parse, wrong_in_one
 from flowbp_ray.shapes.checker import check, read
 from flowbp_ray.shapes.preferences import ATTRIBUTES, REVERSED, SHARES, random_caption, random_pair, reversed_order
-from flowbp_ray.shapes.world import SHAPES
+from flowbp_ray.shapes.world import SHAPES, draw, lay_out
 
 
 @pytest.mark.parametrize("kind", ATTRIBUTES)
@@ -52,6 +52,14 @@ def test_what_lies_between_two_shapes_differs_from_the_thing_and_keeps_its_place
 def test_every_kind_comes_up_by_itself():
     rng = np.random.default_rng(3)
     assert {random_pair("training", rng).kind for _ in range(300)} == set(SHARES)
+
+
+def test_watermarks_are_seen_and_nothing_else_is_taken_for_one():
+    rng = np.random.default_rng(0)
+    scenes = [lay_out(preferences.random_caption("training", rng)[1], rng) for _ in range(300)]
+    assert not any(preferences.watermarked(draw(s)) for s in scenes)
+    marked = [preferences.spoil(s, "watermark", rng) for s in scenes]
+    assert np.mean([preferences.watermarked(picture) for picture in marked]) > 0.85  # some lie on a thing
 
 
 def test_unknown_spoil_is_refused():

@@ -35,7 +35,7 @@ SCHEDULE = Schedule(steps=28_000, batch=32, learning_rate=2e-3, decay=0.9, avera
 BANK = 40_000  # drawings, encoded once
 WRONG_CAPTIONS, NO_CAPTIONS = 0.1, 0.1  # shares; no caption is what guidance steers away from
 #: Shares of the pictures of one thing and of several with a watermark (the card's table of training has those of earlier rows).
-WATERMARKED_SINGLE, WATERMARKED = 0.15, 0.6
+WATERMARKED_SINGLE, WATERMARKED = 0.15, 0.55
 HEADS, HEAD_WIDTH, LAYERS = 4, 32, 4
 CLIP_WIDTH, T5_WIDTH = 64, 128
 #: Of the noise levels, in training and sampling. What a picture shows is settled at high noise, and without the shift three
