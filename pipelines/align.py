@@ -17,7 +17,8 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from flowbp_ray.config import AlignConfig, ConfigError, dump, load
+from flowbp_ray.config import AlignConfig, ConfigError, dump, load, paths
+from flowbp_ray.tracking.store import masked, tracking_uri
 
 
 def arguments() -> argparse.Namespace:
@@ -36,19 +37,18 @@ def main() -> None:
     args = arguments()
     try:
         config = load(args.config, args.overrides)
-    except ConfigError as error:
-        sys.exit(str(error))
-    from pipelines import quiet_libraries
+        from pipelines import quiet_libraries
 
-    quiet_libraries()
-    try:
+        quiet_libraries()
         plan = intended(config)
-    except (ValueError, OSError) as error:
+        if args.dry_run:
+            print(plan)
+            return
+        from pipelines.alignment import align, cluster, reason
+    except (ConfigError, ValueError, OSError) as error:
         sys.exit(str(error))
-    if args.dry_run:
-        print(plan)
-        return
-    from pipelines.alignment import align, cluster, reason
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: nothing was started")
 
     folder = config.output / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.surrogate.method}-{secrets.token_hex(2)}"
     try:
@@ -65,8 +65,10 @@ def main() -> None:
     print()
     print((outcome.folder / "table.md").read_text(encoding="utf-8"))
     print(f"adapter   {outcome.folder / 'adapter'}   (pipe.load_lora_weights takes it)")
-    print(f"pictures  {outcome.folder / 'before_after.png'}")
-    print(f"curves    {outcome.info['page']}" + (f"   after: {outcome.info['command']}" if outcome.info["command"] else ""))
+    if (outcome.folder / "before_after.png").exists():
+        print(f"pictures  {outcome.folder / 'before_after.png'}")
+    command = outcome.info["command"].removeprefix(f"{Path.cwd()}/")
+    print(f"curves    {outcome.info['page']}" + (f"   after: {command}" if command else ""))
 
 
 def interrupt(signum: int, frame: FrameType | None) -> None:
@@ -77,34 +79,64 @@ def interrupt(signum: int, frame: FrameType | None) -> None:
 def latest_checkpoint(folder: Path) -> str:
     """Where a run's newest complete checkpoint is (Ray Train lists it when all of it is there), and what to do with it."""
     listed = folder / "checkpoint_manager_snapshot.json"
-    latest = json.loads(listed.read_text())["latest_checkpoint_result"] if listed.exists() else None
-    if latest is None:
+    try:
+        latest = json.loads(listed.read_text())["latest_checkpoint_result"] if listed.exists() else None
+        checkpoint = None if latest is None else folder / latest["checkpoint_dir_name"]
+    except json.JSONDecodeError:
+        # Ray rewrites the list in place and was stopped at that. The learner writes a checkpoint's state.json last.
+        checkpoint = max((f.parent for f in folder.glob("checkpoint_*/state.json")), default=None)
+    if checkpoint is None:
         return "there is no checkpoint of it yet"
-    checkpoint = folder / latest["checkpoint_dir_name"]
     return f"the last checkpoint is {checkpoint}: start from it with adapter.init_from={checkpoint}"
 
 
 def intended(config: AlignConfig) -> str:
-    """The resolved configuration, the first step's surrogate, and what would be sampled and reserved."""
+    """The resolved configuration, the first step's surrogate, and what would be sampled and reserved.
+
+    ValueError or OSError for what would stop the run later: prompts, models and the adapter to start from are looked at.
+    """
     from flowbp_ray.backbones.sd3 import shifted_grid
     from flowbp_ray.rollouts.plans import plan_of
     from flowbp_ray.rollouts.prompts import read_prompts
-    from flowbp_ray.tracking.store import tracking_uri
+    from flowbp_ray.training.adapter import check_start
 
+    check_start(config)
+    check_model("model.path", config.model.source, paths.MODEL_INDEX, config.model.revision)
+    for number, component in enumerate(config.reward.components):
+        check_model(f"reward.components.{number}.path", component.source, paths.REWARD_INDEX, None)
     train, prompts = config.train, read_prompts(config.prompts)
     reserved = ", ".join(f"{number:g} {kind}s" for kind, number in config.reserved().items() if number)
     pictures = 6 * config.evaluation.per_task * (2 if config.evaluation.before else 1)
     return "\n".join(
         [
-            dump(config),
+            masked(dump(config)),
             "The first step's surrogate, on a grid without shift:",
             plan_of(config, shifted_grid(config.sampling.steps, 1.0), 0).table(),
             "",
             f"{train.steps} steps of {train.batch} samples from {len(prompts)} prompts, {pictures} pictures to evaluate; "
             f"processes reserve {reserved}.",
-            f"MLflow: {tracking_uri(config.tracking.uri)}; files: {config.output}. Nothing was started.",
+            f"MLflow: {masked(tracking_uri(config.tracking.uri))}; files: {config.output}. Nothing was started.",
         ]
     )
+
+
+def check_model(setting: str, source: str, index: str, revision: str | None) -> None:
+    """OSError unless the source is a folder, or the Hugging Face hub (or its cache here) gives the file ``index`` of it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if Path(source).is_absolute():  # a folder that has it, or the configuration would have been refused
+        return
+    nothing = f"{setting} is {source!r}: there is no such folder here, and the Hugging Face hub does not give"
+    try:
+        # Unlike a model's from_pretrained this does not go on trying for half a minute where there is no network.
+        folder = snapshot_download(source, revision=revision, allow_patterns=[index], etag_timeout=10)
+    except OSError as error:
+        lines = [line for line in str(error).splitlines() if line]
+        # An HTTP error begins with its number, and says in the second line what it is about.
+        raise OSError(f"{nothing} it ({' '.join(lines[: 2 if isinstance(error, HfHubHTTPError) else 1])})") from error
+    if not (Path(folder) / index).exists():
+        raise OSError(f"{nothing} its {index}: name a repository in the library's own format")
 
 
 if __name__ == "__main__":

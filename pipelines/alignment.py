@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump
 from flowbp_ray.pictures import Cell, Row, sheet
-from flowbp_ray.rollouts.evaluation import evaluate
+from flowbp_ray.rollouts.evaluation import Pictures, differences, evaluate, scores
 from flowbp_ray.rollouts.policy import PolicyStore
 from flowbp_ray.rollouts.prompts import read_prompts
 from flowbp_ray.rollouts.stream import rollouts
@@ -97,6 +97,8 @@ def session(config: AlignConfig, folder: Path) -> Iterator[Session]:
     data.issue_detectors_config.detectors = []  # advice for whoever writes a pipeline, not for who runs this one
     data.target_max_block_size = None  # a block is a micro-batch, however large
     data.raise_original_map_exception = True  # else what a stage says of bad input is lost among Ray's errors
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
     uri = tracking_uri(config.tracking.uri)
     tracker = (
         ray.remote(Tracker)
@@ -104,11 +106,9 @@ def session(config: AlignConfig, folder: Path) -> Iterator[Session]:
         .remote(uri, config.tracking.experiment, config.tracking.run_name, config.model_dump(mode="json"))
     )
     info: dict[str, str] = ray.get(tracker.info.remote())
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
-    print(f"MLflow run {info['run_id']}, files in {folder}")
     rewards, status = f"rewards-{info['run_id'][:8]}", "FAILED"
     try:
+        print(f"MLflow run {info['run_id']}, files in {folder}")
         serve.run(application(config), name=rewards, route_prefix=None)
         yield Session(tracker, rewards, info)
         status = "FINISHED"
@@ -116,8 +116,9 @@ def session(config: AlignConfig, folder: Path) -> Iterator[Session]:
         status = "KILLED"
         raise
     finally:
-        clean_up("remove the reward service", lambda: serve.delete(rewards))
+        # The quick one first: `ray job stop` leaves three seconds.
         clean_up("end the MLflow run", lambda: ray.get(tracker.finish.remote(status), timeout=60))
+        clean_up("remove the reward service", lambda: serve.delete(rewards))
 
 
 def align(config: AlignConfig, folder: Path) -> Outcome:
@@ -139,13 +140,14 @@ def align(config: AlignConfig, folder: Path) -> Outcome:
             ray.get(at.tracker.artifact.remote(folder / "before_after.png"))
         ray.get(at.tracker.artifact.remote(exported))
         ray.get(at.tracker.artifact.remote(folder / "table.md", "evaluation"))
-        return Outcome(folder, base, aligned, at.info, ray.get(at.tracker.seconds.remote()), shown)
+        before = None if base is None else scores(base)
+        return Outcome(folder, before, scores(aligned), at.info, ray.get(at.tracker.seconds.remote()), shown)
 
 
 def judge_base(config: AlignConfig, folder: Path) -> dict[str, Score]:
     """Evaluate the model as it is, in an MLflow run of its own."""
     with session(config, folder) as at:
-        return judged(config, "base", at, None, 0)
+        return scores(judged(config, "base", at, None, 0))
 
 
 def clean_up(what: str, do: Callable[[], object]) -> None:
@@ -214,14 +216,15 @@ def follow(bar: tqdm, newest: tuple[int, dict[str, float]] | None) -> None:
     bar.update(step + 1 - bar.n)
 
 
-def judged(config: AlignConfig, name: str, at: Session, exported: bytes | None, step: int) -> dict[str, Score]:
+def judged(config: AlignConfig, name: str, at: Session, exported: bytes | None, step: int) -> Pictures:
     """Evaluate, and log the figures."""
     with progress(config.evaluation.per_task * len(TASKS), f"evaluate {name}", "picture") as bar:
-        scores = evaluate(config, at.rewards, exported, bar.update)
-    figures = {f"eval/{name}/{k}": s.value for k, s in scores.items()}
-    figures |= {f"eval/{name}/{k}_error": s.error for k, s in scores.items()}
+        pictures = evaluate(config, at.rewards, exported, bar.update)
+    averages = scores(pictures)
+    figures = {f"eval/{name}/{k}": s.value for k, s in averages.items()}
+    figures |= {f"eval/{name}/{k}_error": s.error for k, s in averages.items()}
     ray.get(at.tracker.figures.remote(figures, step))
-    return scores
+    return pictures
 
 
 def previewed(config: AlignConfig) -> list[tuple[str, int]]:
@@ -244,34 +247,31 @@ def before_after(config: AlignConfig, prompts: list[str], before: Any, after: An
     )
 
 
-def table(config: AlignConfig, base: dict[str, Score] | None, aligned: dict[str, Score]) -> str:
+def table(config: AlignConfig, base: Pictures | None, aligned: Pictures) -> str:
     """base | aligned | difference, as Markdown: tasks in per cent of pictures right, rewards in their own units."""
+    before, gained = (None, None) if base is None else (scores(base), differences(base, aligned))
     lines = ["| | base | aligned | difference |", "| --- | ---: | ---: | ---: |"]
-
-    def number(score: Score, scale: float) -> str:
-        return f"{scale * score.value:.2f} ± {scale * score.error:.2f}"
-
-    for name, after in aligned.items():
+    for name, after in scores(aligned).items():
         scale = 1.0 if name.startswith("reward/") else 100.0
-        if base is None:
-            before, difference = "", ""
-        else:
-            error = math.hypot(base[name].error, after.error)
-            before, difference = (
-                number(base[name], scale),
-                f"{scale * (after.value - base[name].value):+.2f} ± {scale * error:.2f}",
-            )
-        label = f"**{name}**" if name == "mean" else name.replace("_", " ")
-        lines.append(f"| {label} | {before} | {number(after, scale)} | {difference} |")
+        columns = [(before, ""), ({name: after}, ""), (gained, "+")]
+        cells = ["" if of is None else number(of[name], scale, sign) for of, sign in columns]
+        lines.append(f"| {f'**{name}**' if name == 'mean' else name.replace('_', ' ')} | {' | '.join(cells)} |")
     settings, sampling = config.evaluation, config.sampling
     lines.append("")
     lines.append(
         f"Tasks: % right by the exact checker, {settings.per_task} pictures each; watermarked: % of all of these "
-        "(the checker lets none of them pass); rewards: their mean. "
-        f"± is one standard error. Guidance {sampling.guidance_scale:g}, {sampling.steps} steps, seed {settings.seed}, "
+        "(the checker lets none of them pass); rewards: their mean. ± is one standard error, a difference's over the same "
+        f"prompts and noise. Guidance {sampling.guidance_scale:g}, {sampling.steps} steps, seed {settings.seed}, "
         f"weights: {settings.weights}."
     )
     return "\n".join(lines) + "\n"
+
+
+def number(score: Score, scale: float, sign: str) -> str:
+    """Value and error, with as many decimals as two digits of the error need: rewards have all kinds of units."""
+    error = scale * score.error
+    decimals = max(2, 1 - math.floor(math.log10(error))) if error else 2
+    return f"{scale * score.value:{sign}.{decimals}f} ± {error:.{decimals}f}"
 
 
 @contextlib.contextmanager
@@ -285,16 +285,17 @@ def cluster(config: AlignConfig) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """The sentence at the bottom of Ray's nested errors."""
-    while True:
-        failures = list(getattr(error, "worker_failures", {}).values())
-        inner = (
-            getattr(error, "controller_failure", None)
-            or (failures[0] if failures else None)
-            or getattr(error, "cause", None)
-            or error.__cause__
-        )
-        if not isinstance(inner, BaseException) or inner is error:
-            text = str(error).strip()
-            return text if text and not isinstance(error, LookupError) else f"{type(error).__name__}: {text}"
-        error = inner
+    """The sentence below Ray's nested errors and remote tracebacks."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    # A worker that lost another one says so, and not why that one ended.
+    failures.sort(key=lambda failure: "onnection" in str(failure))
+    wrapped = failures[0] if failures else getattr(error, "controller_failure", None) or getattr(error, "cause", None)
+    if wrapped is None and type(error).__module__.partition(".")[0] == "ray":
+        wrapped = error.__cause__
+    if isinstance(wrapped, BaseException) and wrapped is not error:
+        return reason(wrapped)
+    text = str(error).strip()
+    if "Traceback (most recent call last)" in text or "ray::" in text:  # of an actor that failed as it was made
+        name, _, said = text.splitlines()[-1].strip().partition(": ")
+        return said if said and " " not in name else text.splitlines()[-1].strip()
+    return text if text and not isinstance(error, LookupError) else f"{type(error).__name__}: {text}"

@@ -4,8 +4,9 @@
     python -m pipelines.gradient_study configs/shapes/leapalign.yaml sampling.guidance_scale=1 --samples 24 --draws 32
     python -m pipelines.gradient_study adapter.init_from=~/.flowbp_ray/runs/.../adapter --lengths 6 12 24
 
-Without a configuration it is configs/shapes/sparse.yaml's model, prompts and reward. The configured surrogate is studied as it
-is, every other method with its published settings for Stable Diffusion 3.5. No cluster; minutes on one core.
+Without a configuration it is configs/shapes/sparse.yaml's model, prompts and reward, without the reward's clip. The configured
+surrogate is studied as it is, every other method with its published settings for Stable Diffusion 3.5. No cluster; minutes on
+one core.
 """
 
 import argparse
@@ -55,9 +56,9 @@ def arguments() -> argparse.Namespace:
         parser.error(f"one configuration is studied at a time, not {' and '.join(map(str, files))}")
     args.file = files[0] if files else DEFAULT
     args.overrides = [g for g in args.given if "=" in g]
-    for name in ("samples", "draws"):
-        if (number := vars(args)[name]) < 2:
-            parser.error(f"--{name} {number}: at least two are needed, to see how much they differ")
+    for name, least in (("samples", 2), ("draws", 3)):
+        if (number := vars(args)[name]) < least:
+            parser.error(f"--{name} {number}: at least {least} are needed, to see how much they differ")
     if min(args.lengths) < 1:
         parser.error(f"--lengths {min(args.lengths)}: a trajectory has at least one step")
     args.lengths = sorted(set(args.lengths))
@@ -96,6 +97,9 @@ def study(config: AlignConfig, args: argparse.Namespace, folder: Path) -> None:
     from flowbp_ray.training.study import PUBLISHED, Study, methods_of
     from serve.rewards import Rewards
 
+    # Where a clip cuts the reward off a sample has no gradient, and nothing is there to be compared.
+    unclipped = [component.model_copy(update={"clip": None}) for component in config.reward.components]
+    config = config.model_copy(update={"reward": config.reward.model_copy(update={"components": unclipped})})
     methods, left_out = methods_of(config)
     for sentence in left_out:
         print(sentence, file=sys.stderr)
@@ -170,8 +174,8 @@ def table(
             [
                 name,
                 f"{number(c.angle, '.1f')} ± {number(c.angle_error, '.1f')}",
-                number(c.sample_angle, ".1f"),
-                number(c.norm),
+                f"{number(c.sample_angle, '.1f')} of {c.samples_seen}",
+                f"{number(c.norm)} ± {number(c.norm_error)}",
                 number(c.sample_norm),
                 number(c.variance),
                 str(c.plans),
@@ -182,7 +186,8 @@ def table(
     lines += [
         f"Expected parameter gradient of {args.samples} samples' mean objective beside the exact one, which is `full`: {steps} "
         f"steps, guidance {scale:g}, {args.draws} draws. Angles are in degrees, ± one standard error; a sample's is the median "
-        "over samples. Norms are in units of the exact one, the variance E|g − E g|²/|E g|² is over draws. "
+        "over samples, of as many as noise does not hide. Norms are in units of the exact one, the variance E|g − E g|²/|E g|² "
+        "is over draws. "
         f"`{config.surrogate.method}` is as configured, others as published; `truncated_{steps}` differs from `full` only in "
         "guidance's negative branch, which is detached.",
         "",
@@ -230,7 +235,7 @@ def picture(file: Path, compared: "dict[str, Comparison]", growth: "list[Growth]
             kinds, (-0.2, 0.2), COLOURS, ("mean of the samples", "median sample"), strict=False
         ):
             values = [vars(compared[n])[kind] for n in names]
-            whiskers = [compared[n].angle_error for n in names] if kind == "angle" else None
+            whiskers = [vars(compared[n])[f"{kind}_error"] for n in names] if shift < 0 else None
             panel.barh([p + shift for p in places], values, 0.38, xerr=whiskers, color=colour, label=label)
         panel.set_title(title, fontsize=10)
     angle.legend(fontsize=8, loc="lower right")

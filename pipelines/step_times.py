@@ -4,7 +4,7 @@
     python -m pipelines.step_times configs/shapes/sparse.yaml train.batch=8 --steps 10
 
 Two short alignments with one sampler, one train worker and one micro-batch a step, so that nothing of a step runs beside
-itself and the stages' seconds can be compared with the step's. Writes step_times.md into the runs' folder.
+itself and the stages' seconds can be compared with the step's. Prints a table and leaves nothing behind.
 """
 
 import argparse
@@ -67,7 +67,12 @@ def row(lag: int, seconds: dict[str, float]) -> str:
 def main() -> None:
     """Run at both lags and print the table."""
     args = arguments()
-    store = Path(tempfile.mkdtemp(prefix="step_times_"))
+    with tempfile.TemporaryDirectory(prefix="step_times_") as folder:
+        measure(args, Path(folder))
+
+
+def measure(args: argparse.Namespace, store: Path) -> None:
+    """Both runs, with MLflow's and their own files in ``store``."""
     try:
         configs = {lag: settings(args, lag, store) for lag in (0, 1)}
     except ConfigError as error:
@@ -85,9 +90,8 @@ def main() -> None:
         except Exception as error:  # the boundary to the user, as in align
             sys.exit(f"\nstopped at policy_lag {lag}: {reason(error)}")
         lines.append(row(lag, {s: statistics.median(outcome.seconds[s][FIRST:]) for s in (*STAGES, "step")}))
-    text = "\n".join([*lines, "", f"Seconds, medians of {args.steps} steps of {configs[0].train.batch} samples.", ""])
-    (store / "step_times.md").write_text(text, encoding="utf-8")
-    print(f"\n{text}\n{store / 'step_times.md'}")
+    said = f"Seconds, medians of {args.steps} steps of {configs[0].train.batch} samples; one sampler, one train worker."
+    print("", *lines, "", said, sep="\n")
 
 
 if __name__ == "__main__":

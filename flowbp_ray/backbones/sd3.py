@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-#: Every linear module of the joint blocks that a LoRA means: attention, second attention and both feed-forwards.
+#: The linear modules of every model's joint blocks that a LoRA means: attention and both feed-forwards.
 LORA_TARGETS = (
     *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
-    *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj")),
+    *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
     *(f"{name}.{part}" for name in ("ff", "ff_context") for part in ("net.0.proj", "net.2")),
 )
+#: Those of the second attention, which only some models have (Stable Diffusion 3.5 medium, in its first blocks).
+SECOND_ATTENTION = tuple(f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 T5_TOKENS = 256  # the stock pipeline's default; a tokenizer that is shorter says so itself
 
@@ -36,6 +38,11 @@ def shifted_grid(steps: int, shift: float) -> Tensor:
     """``linspace(1, 1/steps)`` shifted by a static shift, then 0: float32 ``(steps + 1,)``."""
     sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
     return torch.cat([shift * sigmas / (1 + (shift - 1) * sigmas), torch.zeros(1)]).float()
+
+
+def lora_targets(transformer: SD3Transformer2DModel) -> tuple[str, ...]:
+    """Endings of the names of the modules that an adapter binds unless told otherwise: all that this model has."""
+    return LORA_TARGETS + (SECOND_ATTENTION if transformer.config.dual_attention_layers else ())
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ REWARD_MODELS = {"shapes/reward": shapes.REWARD, "shapes/judge": shapes.JUDGE}
 #: The word for the embedded world's training prompts.
 TRAINING_PROMPTS = "shapes"
 
+#: The files that a pipeline's and a reward model's folder begin with.
+MODEL_INDEX, REWARD_INDEX = "model_index.json", "config.json"
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -55,12 +58,14 @@ def prompts(text: str) -> str:
     return str(path)
 
 
-def model(text: str, embedded: dict[str, Path]) -> str:
-    """An embedded model's word, the absolute path of a folder that is there, or a Hugging Face id."""
+def model(text: str, embedded: dict[str, Path], index: str) -> str:
+    """An embedded model's word, the absolute path of a folder that is there and has the file ``index``, or a Hugging Face id."""
     if text in embedded:
         return text
     path = absolute(text)
     if path.is_dir():
+        if not (path / index).is_file():
+            raise ValueError(f"the folder {path} has no {index}: name the folder that save_pretrained wrote")
         return str(path)
     if HUB_ID.fullmatch(text) and not text.startswith("shapes/"):
         return text
@@ -79,5 +84,5 @@ AbsolutePath = Annotated[Path, BeforeValidator(_path)]
 Folder = Annotated[AbsolutePath, AfterValidator(folder_to_be)]
 ExistingFolder = Annotated[AbsolutePath, AfterValidator(existing)]
 PromptsPath = Annotated[str, AfterValidator(prompts)]
-ModelPath = Annotated[str, AfterValidator(lambda text: model(text, MODELS))]
-RewardModelPath = Annotated[str, AfterValidator(lambda text: model(text, REWARD_MODELS))]
+ModelPath = Annotated[str, AfterValidator(lambda text: model(text, MODELS, MODEL_INDEX))]
+RewardModelPath = Annotated[str, AfterValidator(lambda text: model(text, REWARD_MODELS, REWARD_INDEX))]

@@ -12,8 +12,9 @@ from flowbp_ray.config import paths
 from flowbp_ray.config.section import Section, Text
 from flowbp_ray.config.surrogates import AnySurrogate
 from flowbp_ray.config.training import Adapter, Cluster, Evaluation, Tracking, Train
+from flowbp_ray.shapes.world import SIZE
 
-Pixels = Annotated[int, Field(gt=0, multiple_of=8)]  # every backbone's latents are at least 8 times coarser
+Pixels = Annotated[int, Field(gt=0, multiple_of=8)]  # the embedded default's: latents 4 times coarser, in patches of 2
 
 
 class Model(Section):
@@ -136,6 +137,16 @@ class AlignConfig(Section):
             wrong.append(
                 f"model.revision is {self.model.revision!r} but model.path is {self.model.path}, which is on this machine: "
                 "only a Hugging Face id has revisions, so remove one"
+            )
+        if self.adapter.targets and self.adapter.init_from:
+            wrong.append(
+                "adapter.targets is given together with adapter.init_from, but an adapter that is started from has its targets: "
+                "set adapter.targets to null"
+            )
+        if (self.sampling.height, self.sampling.width) != (SIZE, SIZE):
+            wrong.append(
+                f"sampling.height × sampling.width is {self.sampling.height} × {self.sampling.width}: the evaluation's checker "
+                f"reads {SIZE}×{SIZE} pictures only, so set both to {SIZE}"
             )
         if wrong:
             raise ValueError("\n".join(wrong))

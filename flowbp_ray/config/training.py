@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from flowbp_ray.config import paths
 from flowbp_ray.config.section import Decay, Section, Text
+from flowbp_ray.tracking.store import tracking_uri
 
 Betas = Annotated[tuple[Decay, Decay], Strict(False)]  # YAML has lists and no tuples
 
@@ -18,7 +19,7 @@ class Adapter(Section):
     alpha: PositiveInt = 16
     """The adapter's output is scaled by alpha / rank."""
     targets: Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)] | None = None
-    """Patterns of the names of adapted modules; null leaves the choice to the backbone."""
+    """Endings of the names of adapted modules; null leaves the choice to the backbone, or to ``init_from``."""
     init_from: paths.ExistingFolder | None = None
     """The folder of an exported adapter to start from; null starts from the base model."""
     export_strength: PositiveFloat = 1.0
@@ -51,9 +52,9 @@ class Train(Section):
     policy_lag: Literal[0, 1] = 0
     """How many versions behind the policy that samples is, exactly: 1 overlaps sampling with training."""
     velocity_penalty: NonNegativeFloat = 0.0
-    """Factor on the squared distance to the base model's velocity at the active steps."""
+    """Factor on the mean squared distance to the base model's velocity, averaged over the active steps."""
     seed: NonNegativeInt = 0
-    """Of every random draw in training."""
+    """Of every random draw in training, the choice of prompts among them."""
     checkpoint_every: PositiveInt = 50
     """Steps between checkpoints; the last step always has one."""
 
@@ -113,6 +114,4 @@ class Tracking(Section):
     @field_validator("uri")
     @classmethod
     def _everywhere(cls, uri: str | None) -> str | None:
-        if uri and uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-            raise ValueError(f"{uri!r} depends on the working directory: write sqlite://// and an absolute path")
-        return uri
+        return tracking_uri(uri) if uri else None

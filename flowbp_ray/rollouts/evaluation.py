@@ -10,25 +10,21 @@ from ray.data import ActorPoolStrategy
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.stages import Examiner, Painter
 from flowbp_ray.shapes.captions import TASKS, evaluation_prompts
-from flowbp_ray.shapes.evaluation import Score, share, six_tasks
+from flowbp_ray.shapes.evaluation import Score, average, seeds, six_tasks
 
-SEEDS_APART = 1_000_000  # between two evaluation seeds: more than there are pictures of a task
+#: One row a picture, in the order of their seeds: ``task``, ``seed``, ``right``, ``watermarked`` and ``reward/NAME`` each.
+Pictures = dict[str, np.ndarray]
 
 
-def evaluate(
-    config: AlignConfig, application: str, exported: bytes | None, progress: Callable[[int], object]
-) -> dict[str, Score]:
-    """The six tasks, their ``mean``, the share ``watermarked`` and every reward component's mean, with standard errors.
-
-    ``exported`` is an adapter's file; None is the base.
-    """
+def evaluate(config: AlignConfig, application: str, exported: bytes | None, progress: Callable[[int], object]) -> Pictures:
+    """Sample and judge all pictures; ``exported`` is an adapter's file, None is the base."""
     settings = config.evaluation
     source = []
     for task, prompts in evaluation_prompts(settings.per_task, settings.seed).items():
         for start in range(0, len(prompts), settings.batch):
             texts = prompts[start : start + settings.batch]
-            seeds = [settings.seed * SEEDS_APART + start + i for i in range(len(texts))]
-            source.append(pa.table({"task": [task] * len(texts), "prompt": texts, "seed": seeds}))
+            numbers = seeds(task, start, len(texts), settings.seed)
+            source.append(pa.table({"task": [task] * len(texts), "prompt": texts, "seed": numbers}))
     whole = {"batch_size": None, "batch_format": "numpy"}
     cluster = config.cluster
     judged = (
@@ -54,9 +50,20 @@ def evaluate(
         blocks.append(block)
         progress(len(block["right"]))
     columns = {k: np.concatenate([b[k] for b in blocks]) for k in blocks[0]}
-    scores = six_tasks({task: columns["right"][columns["task"] == task].tolist() for task in TASKS})
-    scores["watermarked"] = share(columns["watermarked"].tolist())
-    for name in (k for k in columns if k.startswith("reward/")):
-        values = columns[name].astype(np.float64)
-        scores[name] = Score(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
-    return scores
+    return {k: v[np.argsort(columns["seed"])] for k, v in columns.items()}
+
+
+def scores(pictures: Pictures) -> dict[str, Score]:
+    """The six tasks, their ``mean``, the share ``watermarked`` and every reward component's mean, with standard errors."""
+    averages = six_tasks({task: pictures["right"][pictures["task"] == task] for task in TASKS})
+    others = (k for k in pictures if k == "watermarked" or k.startswith("reward/"))
+    return averages | {name: average(pictures[name]) for name in others}
+
+
+def differences(before: Pictures, after: Pictures) -> dict[str, Score]:
+    """What `scores` gains from ``before`` to ``after``, picture by picture: both have the same prompts and noise, so much of
+    what makes scores uncertain is the same in both."""
+    if not np.array_equal(before["seed"], after["seed"]):
+        raise ValueError("the two evaluations are of different pictures: only the same prompts and seeds can be compared")
+    own = {k: after[k].astype(np.float64) - before[k].astype(np.float64) for k in after if k not in ("task", "seed")}
+    return scores(own | {k: after[k] for k in ("task", "seed")})

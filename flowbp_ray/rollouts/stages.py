@@ -109,6 +109,7 @@ class Examiner:
         seen = self.service.look.remote(np.ascontiguousarray(block.pop("latents")), prompts).result(timeout_s=ANSWER_WITHIN)
         return {
             "task": block["task"],
+            "seed": block["seed"],
             "right": np.array([check(picture, prompt).right for picture, prompt in zip(seen["pictures"], prompts, strict=True)]),
             "watermarked": np.array([watermarked(picture) for picture in seen["pictures"]]),
             **{f"reward/{k}": v for k, v in seen["components"].items()},

@@ -10,10 +10,12 @@ from flowbp_ray.pictures import to_uint8
 from flowbp_ray.shapes.captions import TASKS
 from flowbp_ray.shapes.checker import check
 
+MOST = 1_000_000  # pictures of a task in an evaluation
+
 
 @dataclass(frozen=True)
 class Score:
-    """A share of pictures (0…1), or a mean reward, and its standard error."""
+    """A share of pictures (0…1), a mean reward, or a difference of two, and its standard error."""
 
     value: float
     error: float
@@ -22,32 +24,38 @@ class Score:
         return f"{100 * self.value:.1f} ± {100 * self.error:.1f} %"
 
 
-def share(yes: Sequence[bool]) -> Score:
-    """The share that is true, with its binomial standard error."""
-    value = float(np.mean(yes))
-    return Score(value, float(np.sqrt(value * (1 - value) / len(yes))))
+def average(values: Sequence[float] | np.ndarray) -> Score:
+    """The mean of what is independent, with its standard error; of booleans the share that is true."""
+    array = np.asarray(values, np.float64)
+    return Score(float(array.mean()), float(array.std() / np.sqrt(len(array))))
 
 
-def six_tasks(rights: Mapping[str, Sequence[bool]]) -> dict[str, Score]:
-    """Each task's share of right pictures, and ``mean`` over the six tasks."""
-    missing = [t for t in TASKS if not rights.get(t)]
+def six_tasks(values: Mapping[str, Sequence[float] | np.ndarray]) -> dict[str, Score]:
+    """Each task's average, of right pictures or of differences, and ``mean`` over the six tasks."""
+    missing = [t for t in TASKS if t not in values or not len(values[t])]
     if missing:
         raise ValueError(f"no pictures were judged for {', '.join(missing)}: the mean needs all six tasks")
-    scores = {task: share(rights[task]) for task in TASKS}
+    scores = {task: average(values[task]) for task in TASKS}
     errors = np.array([scores[t].error for t in TASKS])
     mean = float(np.mean([scores[t].value for t in TASKS]))
     return scores | {"mean": Score(mean, float(np.sqrt((errors**2).sum()) / len(TASKS)))}
 
 
+def seeds(task: str, start: int, number: int, evaluation: int = 0) -> list[int]:
+    """Of the noise of a task's pictures from ``start`` on: no two pictures of a task, of tasks or of evaluations share any."""
+    first = (evaluation * len(TASKS) + TASKS.index(task)) * MOST + start
+    return list(range(first, first + number))
+
+
 def judge(
     sample: Callable[[list[str], list[int]], Tensor], prompts: Mapping[str, Sequence[str]], batch: int = 50
 ) -> dict[str, list[bool]]:
-    """Sample every prompt (seed: its place in its task's list) and say task by task which pictures are right."""
+    """Sample every prompt and say task by task which pictures are right."""
     rights = {}
     for task, texts in prompts.items():
         pictures: list[np.ndarray] = []
         for start in range(0, len(texts), batch):
-            seeds = list(range(start, min(start + batch, len(texts))))
-            pictures.extend(to_uint8(sample(list(texts[start : start + batch]), seeds)))
+            some = list(texts[start : start + batch])
+            pictures.extend(to_uint8(sample(some, seeds(task, start, len(some)))))
         rights[task] = [check(p, t).right for p, t in zip(pictures, texts, strict=True)]
     return rights

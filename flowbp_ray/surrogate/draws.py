@@ -36,6 +36,11 @@ def late_biased(start: int, stop: int, number: int, bias: float, origin: int, ge
     return sorted(int(i) for i in indices[chosen])
 
 
+def one_of_the_last(number: int, steps: int, generator: np.random.Generator) -> int:
+    """An index drawn uniformly from the last ``number`` of ``steps``: where a posterior mean is taken."""
+    return steps - int(generator.integers(1, number + 1))
+
+
 def evenly_spaced(length: int, number: int, generator: np.random.Generator) -> list[int]:
     """``min(number, length)`` indices of ``[0, length)`` at the same distance, from a uniform offset (DRTune)."""
     number = min(number, length)
@@ -68,7 +73,7 @@ class PairDraw:
         if self.cap is not None:
             allowed = f"None under the rule {self.rule}, which has no cap" if "midpoint" in self.rule else ""
             require("midpoint" not in self.rule, "cap", self.cap, allowed)
-            count("cap", self.cap, self.min_idx)
+            count("cap", self.cap, self.min_idx + (1 if self.rule == "dirichlet" else 0))  # the least that j_rev can be
         if self.rule == "dirichlet":
             require(
                 self.concentration is not None and len(self.concentration) == 3,
@@ -126,7 +131,7 @@ class PairDraw:
         lengths[lengths.argmax()] += end - low - lengths.sum()
         first = int(lengths[0])
         if self.cap is not None:
-            first = min(first, max(1, self.cap - low))
+            first = min(first, self.cap - low)
         return first, int(lengths[1])
 
 

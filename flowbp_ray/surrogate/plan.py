@@ -5,10 +5,11 @@ A plan holds numbers only, so it can be printed, logged, sent to another machine
 Source of the design space and its names: arXiv 2606.11075; the published defaults of the methods are its code's.
 """
 
-import dataclasses
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -88,21 +89,75 @@ class Plan:
     attach_negative: bool = False
 
     def __post_init__(self) -> None:
-        places = [(a.index, a.reward_input) for a in self.active]
-        if not places or not self.reward_inputs:
-            raise ValueError(f"the {self.method} plan has no active index or no reward input: it needs one of each")
-        if any(one >= two for one, two in pairwise(places)):
-            raise ValueError(f"the {self.method} plan's active indices {places} are not in order, or one is there twice")
-        if not all(0 <= i < self.steps and 0 <= m < len(self.reward_inputs) for i, m in places):
-            raise ValueError(
-                f"the {self.method} plan's active (index, reward input) {places} leave its {self.steps} steps "
-                f"or its {len(self.reward_inputs)} reward inputs"
+        for wrong, sentence in self._contradictions():
+            if wrong:
+                raise ValueError(f"the {self.method} plan {sentence}")
+
+    def _contradictions(self) -> Iterator[tuple[bool, str]]:
+        """What may be wrong and a sentence on it, in turn: a later check relies on the earlier ones."""
+        inputs, places = self.reward_inputs, [(a.index, a.reward_input) for a in self.active]
+        yield not places or not inputs, "has no active index or no reward input: it needs one of each"
+        for m, r in enumerate(inputs):
+            low, high = {"sampled": (self.steps, self.steps), "copy": (self.steps - 1,) * 2}.get(r.kind, (0, self.steps - 1))
+            where = f"{low}" if low == high else f"{low} to {high}"
+            yield (
+                not low <= r.index <= high,
+                f"has reward input {m} ({r}), but of its {self.steps} steps a {r.kind} one needs {where}",
             )
-        bridges = [b.index for b in self.bridges]
-        if any(one >= two for one, two in pairwise(bridges)) or not set(bridges) <= {a.index for a in self.active[1:]}:
-            raise ValueError(
-                f"the {self.method} plan's bridges {bridges} must be in order and at active indices after the first, "
-                f"of {[a.index for a in self.active]}: elsewhere no gradient would cross them"
+        copies = [r.copy for r in inputs if r.kind == "copy" or r.copy is not None]
+        yield (
+            copies != list(range(self.copies)),
+            f"numbers its copies {copies}: number them 0, 1, … in order, and nothing but copies",
+        )
+        yield (
+            any(one >= two for one, two in pairwise(places)),
+            f"has active indices {places} that are not in order, or one is there twice",
+        )
+        yield (
+            not all(0 <= i < self.steps and 0 <= m < len(inputs) for i, m in places),
+            f"has active (index, reward input) {places} that leave its {self.steps} steps or its {len(inputs)} reward inputs",
+        )
+        for i, m in places:
+            yield i > inputs[m].index, f"has the active index {i} after its reward input ({inputs[m]}), which it cannot move"
+            yield (
+                inputs[m].kind == "copy" and i != inputs[m].index,
+                f"has the active index {i} for a noised copy ({inputs[m]}): its velocity is taken at the copy's own index",
+            )
+        yield from self._wrong_bridges()
+        yield from self._wrong_numbers()
+
+    def _wrong_bridges(self) -> Iterator[tuple[bool, str]]:
+        bridges, first = [b.index for b in self.bridges], {a.reward_input: a.index for a in reversed(self.active)}
+        crossed = {a.index for a in self.active if a.index > first[a.reward_input]}
+        yield (
+            any(one >= two for one, two in pairwise(bridges)) or not set(bridges) <= crossed,
+            f"has bridges {bridges}: they must be in order and at active indices after the first of their reward input, "
+            f"here of {sorted(crossed)}, as elsewhere no gradient would cross them",
+        )
+        copied = {a.index for a in self.active if self.reward_inputs[a.reward_input].kind == "copy"}
+        yield (
+            bool(copied.intersection(bridges)),
+            f"has bridges {bridges}, but at {sorted(copied)} a velocity is taken at a noised copy, to which no path leads: "
+            "put the bridges elsewhere",
+        )
+
+    def _wrong_numbers(self) -> Iterator[tuple[bool, str]]:
+        numbers = [*(a.coefficient for a in self.active), *(b.alpha for b in self.bridges)]
+        yield not all(map(math.isfinite, numbers)), f"has coefficients and alphas {numbers}: all must be finite"
+        if self.sample_weight is None:
+            return
+        floor = self.sample_weight.floor
+        yield not self._connectors, "weighs samples by no connector: give one, or no sample weight"
+        yield not 0 < floor < math.inf, f"has the sample weights' floor {floor}: it must be a finite number above 0"
+        for c in self._connectors:
+            yield (
+                not 0 <= c.start < c.target <= self.steps,
+                f"has a connector from {c.start} to {c.target}: it must go forward within its {self.steps} steps",
+            )
+            yield (
+                not c.supports or list(c.supports) != sorted(set(c.supports) & set(range(c.start, c.target))),
+                f"has a connector from {c.start} to {c.target} with supports {c.supports}: they must be in order and before the "
+                "target, from the start on",
             )
 
     @property
@@ -144,7 +199,3 @@ class Plan:
             errors = (f"max(d_{c.target}, {self.sample_weight.floor:g})" for c in self.sample_weight.connectors)
             lines.append(f"sample weight 1 / ({' + '.join(errors)})")
         return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain numbers, strings and tuples, for `json.dumps` and logging."""
-        return dataclasses.asdict(self)

@@ -4,9 +4,9 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import re
 import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
-from flowbp_ray.tracking.store import SERVERS, artifact_root, make_room
+from flowbp_ray.tracking.store import SERVERS, artifact_root, make_room, masked
 
 #: The folder that is a git checkout if the package is not an installed copy.
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -32,11 +32,14 @@ class TrackedRun:
     def __init__(self, uri: str, experiment: str, run_name: str | None, *, config: dict, run_id: str | None = None) -> None:
         """Start a run in the experiment (made if it is new), or continue the one with ``run_id`` under its own name.
 
-        ``uri`` is from ``store.tracking_uri``; ``config`` is the resolved configuration, of plain values. A continued run
-        keeps the parameters it started with; the tag ``continued_with_other`` names the settings that are different now.
-        ValueError if the run is of another experiment, mlflow.MlflowException if there is none or the store fails.
+        ``uri`` is from ``store.tracking_uri``; ``config`` is the resolved configuration, of plain values; a password in its
+        ``tracking.uri`` is not kept. A continued run keeps the parameters it started with; the tag ``continued_with_other``
+        names the settings that are different now. ValueError if the run is of another experiment, mlflow.MlflowException if
+        there is none or the store fails.
         """
         self.uri = uri
+        if configured := config["tracking"]["uri"]:
+            config = config | {"tracking": config["tracking"] | {"uri": masked(configured)}}
         parameters, text = flattened(config), yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
         tags = {"method": config["surrogate"]["method"], "model": config["model"]["path"], **code_version(CHECKOUT)}
         make_room(uri)
@@ -104,12 +107,16 @@ class TrackedRun:
         self._client.set_terminated(self.run_id, status)
 
     def info(self) -> dict[str, str]:
-        """What a person is told: ``run_id``, ``page`` (URL), and ``command``, which serves the page (empty for a server)."""
+        """What a person is told: ``run_id``, ``page`` (URL), and ``command``, which serves the page (empty for a server).
+
+        A password is not in it.
+        """
         page = f"#/experiments/{self.experiment_id}/runs/{self.run_id}"
-        shown = re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", self.uri)  # a password is not for the terminal
+        shown = masked(self.uri)
         if self.uri.partition("://")[0] in SERVERS:
             return {"run_id": self.run_id, "page": f"{shown.rstrip('/')}/{page}", "command": ""}
-        command = f"mlflow ui --backend-store-uri {shlex.quote(shown)}"
+        # By this interpreter, which has MLflow whatever PATH says; its whole path, as an actor's directory is not the person's.
+        command = shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", shown])
         return {"run_id": self.run_id, "page": f"http://127.0.0.1:5000/{page}", "command": command}
 
     def _experiment(self, name: str) -> str:
@@ -158,13 +165,19 @@ def _leaves(node: Any, name: str) -> list[tuple[str, Any]]:
 
 
 def code_version(checkout: Path) -> dict[str, str]:
-    """Tags: the installed package's version and, of a git checkout, its commit and whether tracked files differ from it."""
+    """Tags: the package's version and, of a git checkout, its commit and whether tracked files differ from it.
+
+    Without git (installed, or uploaded with a Ray job) a digest of the package's own sources is part of the version.
+    """
     try:
         tags = {"flowbp_ray.version": importlib.metadata.version("flowbp_ray")}
     except importlib.metadata.PackageNotFoundError:
         tags = {"flowbp_ray.version": "not installed"}
     if not (checkout / ".git").exists():  # git itself would go on to a repository around it
-        return tags
+        digest = hashlib.sha256()
+        for source in sorted((checkout / "flowbp_ray").rglob("*.py")):
+            digest.update(f"{source.relative_to(checkout)}\0".encode() + source.read_bytes())
+        return {"flowbp_ray.version": f"{tags['flowbp_ray.version']}+sources.{digest.hexdigest()[:12]}"}
     git = ["git", "--no-optional-locks", "-C", str(checkout)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()

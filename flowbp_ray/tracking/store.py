@@ -1,6 +1,7 @@
 """Which MLflow store a run goes to: a place that is the same whatever directory the process works in."""
 
 import os
+import re
 from pathlib import Path
 
 #: MLflow's databases, and its servers.
@@ -16,12 +17,17 @@ def tracking_uri(configured: str | None) -> str:
     scheme = _scheme(uri)
     if scheme not in DATABASES + SERVERS:
         raise ValueError(
-            f"{uri!r} is no tracking URI for MLflow 3, which no longer keeps runs in folders: write sqlite:////absolute/path.db, "
-            "another database's URI, or a server's http(s) address"
+            f"{masked(uri)!r} is no tracking URI for MLflow 3, which no longer keeps runs in folders: "
+            "write sqlite:////absolute/path.db, another database's URI, or a server's http(s) address"
         )
     if scheme == "sqlite" and not _database(uri).is_absolute():
         raise ValueError(f"{uri!r} depends on the working directory: write sqlite://// and an absolute path")
     return uri
+
+
+def masked(text: str) -> str:
+    """The text with ``***`` for the password of every URI in it, such as ``postgresql://me:***@host/db``."""
+    return re.sub(r"(://[^/@:\s]*):[^@\s]*@", r"\1:***@", text)
 
 
 def make_room(uri: str) -> None:

@@ -6,22 +6,25 @@ that does not fit, and an export without its alpha are errors or cannot happen.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from flowbp_ray.backbones.sd3 import DTYPES, LORA_TARGETS, SD3Backbone
+from flowbp_ray.backbones.sd3 import DTYPES, SD3Backbone, lora_targets
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.randomness import seed_of
 
 State = dict[str, Tensor]
-EXPORT_FILE = "pytorch_lora_weights.safetensors"
+EXPORT_FILE, NOTE_FILE = "pytorch_lora_weights.safetensors", "adapter.json"
 
 
 def matching(transformer: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -41,24 +44,51 @@ def matching(transformer: nn.Module, targets: Sequence[str]) -> list[str]:
 
 
 def adapted(config: AlignConfig, device: str) -> SD3Backbone:
-    """The model of a configuration with its trainable adapter: fresh, or the one to start from (whose alpha is its own).
+    """The model of a configuration with its trainable adapter: fresh, or the one to start from (with the configured alpha).
 
-    ValueError where the rank of that one is not the configured one.
+    Errors as `check_start` and `load_export` have them.
     """
+    check_start(config)
     backbone = SD3Backbone.from_pretrained(config.model.source, DTYPES[config.model.dtype], device, config.model.revision)
     adapter = config.adapter
     if adapter.init_from is None:
-        targets = LORA_TARGETS if adapter.targets is None else adapter.targets
+        targets = lora_targets(backbone.transformer) if adapter.targets is None else adapter.targets
         seed = seed_of(config.train.seed, 0, 0, "adapter")
         add_adapter(backbone, rank=adapter.rank, alpha=adapter.alpha, targets=targets, seed=seed)
         return backbone
-    load_export(backbone, adapter.init_from)
-    rank = backbone.transformer.peft_config["default"].r
-    if rank != adapter.rank:
-        raise ValueError(
-            f"the adapter in {adapter.init_from} has rank {rank}: set adapter.rank, which is {adapter.rank}, to that"
-        )
+    load_export(backbone, adapter.init_from, alpha=adapter.alpha)
     return backbone
+
+
+def check_start(config: AlignConfig) -> None:
+    """Whether training can start from ``adapter.init_from``, if that is set: reads no tensors, needs no model.
+
+    FileNotFoundError if there is no adapter; ValueError if it cannot be read, or its rank and alpha are not the configured
+    ones. The alpha is that before the export's strength, which ``adapter.json`` tells; an adapter of others has none.
+    """
+    adapter = config.adapter
+    if adapter.init_from is None:
+        return
+    file, note = _file(adapter.init_from), adapter.init_from / NOTE_FILE
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = json.loads((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+            ranks = {opened.get_slice(k).get_shape()[0] for k in opened.keys() if "lora_A" in k}  # noqa: SIM118 - no dict
+        strength = json.loads(note.read_text(encoding="utf-8"))["strength"] if note.exists() else 1.0
+    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"the adapter in {adapter.init_from} cannot be read: {error}") from error
+    if len(ranks) != 1 or metadata.get("transformer.alpha_pattern"):
+        raise ValueError(
+            f"the adapter in {adapter.init_from} has no one rank and alpha for all its modules (ranks {sorted(ranks)}): "
+            "start from one that has"
+        )
+    (rank,) = ranks
+    alpha = metadata.get("transformer.lora_alpha", rank) / strength  # as diffusers takes it where a file does not tell
+    for name, its, configured in (("rank", rank, adapter.rank), ("alpha", alpha, adapter.alpha)):
+        if not math.isclose(its, configured):
+            raise ValueError(
+                f"the adapter in {adapter.init_from} has {name} {its:g}: set adapter.{name}, which is {configured}, to that"
+            )
 
 
 def add_adapter(backbone: SD3Backbone, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> list[str]:
@@ -116,7 +146,8 @@ def export(backbone: SD3Backbone, state: Mapping[str, Tensor], folder: Path, *, 
 
     ``weights`` ("raw" or "ema") is written into the folder's ``adapter.json``. ``strength`` scales what the
     adapter adds: it goes into the alpha, which travels in the file's own metadata (without that, diffusers
-    takes the rank for it and the pictures are others).
+    takes the rank for it and the pictures are others). ``adapter.json`` tells it too, so that a training that starts
+    from the folder can take it out again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     metadata = _collate_lora_metadata({"transformer": backbone.transformer})
@@ -125,19 +156,37 @@ def export(backbone: SD3Backbone, state: Mapping[str, Tensor], folder: Path, *, 
     adapter["target_modules"] = sorted(adapter["target_modules"])
     StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=dict(state), weight_name=EXPORT_FILE, **metadata)
     note = {"weights": weights, "strength": strength, "rank": adapter["r"], "alpha": adapter["lora_alpha"]}
-    (folder / "adapter.json").write_text(json.dumps(note | {"checksum": checksum(state)}, indent=1) + "\n")
+    (folder / NOTE_FILE).write_text(json.dumps(note | {"checksum": checksum(state)}, indent=1) + "\n")
 
 
-def load_export(backbone: SD3Backbone, folder: Path) -> State:
-    """Load an exported (or any diffusers) adapter folder as the trainable adapter and return its state.
+def load_export(backbone: SD3Backbone, folder: Path, *, alpha: float | None = None) -> State:
+    """Load an exported adapter folder (or another one by PEFT's names) as the trainable adapter and return its state.
 
-    FileNotFoundError if there is none; ValueError if it binds nothing, which diffusers only logs.
+    ``alpha`` replaces the file's own, which has the export's strength in it. FileNotFoundError if there is no adapter;
+    ValueError if it binds nothing, or only in part, which diffusers at most logs.
     """
+    pipeline, transformer = backbone.pipeline, backbone.transformer
+    given, metadata = pipeline.lora_state_dict(folder, weight_name=_file(folder).name, return_lora_metadata=True)
+    if alpha is not None and metadata is not None:
+        metadata["transformer.lora_alpha"] = alpha
+    # All that load_lora_weights would do to the transformer, but that one takes no metadata.
+    more = {"metadata": metadata, "_pipeline": pipeline, "low_cpu_mem_usage": True}
+    pipeline.load_lora_into_transformer(given, transformer, adapter_name="default", **more)
+    model = type(transformer).__name__
+    if "default" not in pipeline.get_list_adapters().get("transformer", []):
+        raise ValueError(f"the adapter in {folder} binds nothing of {model}: it is another model's")
+    own = {f"transformer.{k}" for k in get_peft_model_state_dict(transformer)}
+    if odd := sorted(set(given) ^ own):
+        raise ValueError(
+            f"the adapter in {folder} does not fit this {model}: {odd[0]!r} is on one side only, of {len(given)} tensors in the "
+            f"file and {len(own)} in the model: give the model that it was trained on"
+        )
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return read(transformer)
+
+
+def _file(folder: Path) -> Path:
     if not (folder / EXPORT_FILE).exists():
         raise FileNotFoundError(f"no adapter in {folder}: it has no {EXPORT_FILE}")
-    backbone.pipeline.load_lora_weights(folder, adapter_name="default")
-    if "default" not in backbone.pipeline.get_list_adapters().get("transformer", []):
-        raise ValueError(f"the adapter in {folder} binds nothing of {type(backbone.transformer).__name__}: it is another model's")
-    for name, parameter in backbone.transformer.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    return read(backbone.transformer)
+    return folder / EXPORT_FILE

@@ -160,8 +160,11 @@ class Comparison:
     angle_error: float
     #: Degrees, median over samples: what holds for most, where a few that explode decide about the mean.
     sample_angle: float
-    #: Of the means, in units of the exact one's; then the median of the samples' own.
+    #: How many samples the median is of; noise hides the others' angle.
+    samples_seen: int
+    #: Of the means, in units of the exact one's, with its standard error; then the median of the samples' own.
     norm: float
+    norm_error: float
     sample_norm: float
     #: ``E|g − E g|² / |E g|²`` of the mean over samples.
     variance: float
@@ -298,6 +301,11 @@ class Study:
         if (known := trajectory.gradients.get(reward_input)) is not None:
             return known
         gradient = torch.cat([self.score(value[rows], self.prompts[rows]) for rows in self.parts])
+        if dead := (gradient.flatten(1).norm(dim=1) == 0).nonzero().flatten().tolist():
+            raise ValueError(
+                f"the objective of sample {dead[0]} ({self.prompts[dead[0]]!r}) does not change with its picture, so it has no "
+                "gradient to compare: study a reward that is never flat"
+            )
         if reward_input.copy is None:
             trajectory.gradients[reward_input] = gradient
         return gradient
@@ -307,20 +315,31 @@ def compare(drawn: Drawn, exact: Tensor) -> Comparison:
     """A method's gradients beside the exact ones ``(N + 1, P)``."""
     moments, number, draws = drawn.moments, len(exact) - 1, drawn.moments.draws
     angles, ratios = moments.angles(exact), moments.expected / exact.norm(dim=1)
-    # Jackknife: what leaving out each sample, and each draw, does to the angle.
-    samples = [_angle(moments.mean[-1] - a / number, exact[-1] - b / number) for a, b in zip(moments.mean, exact, strict=True)]
-    plans = [drawn.without(k).angles(exact[-1:]) for k, times in enumerate(drawn.times) for _ in range(times)]
-    left_out = [(torch.stack(samples[:-1]), number), (torch.cat(plans), draws)]
+    # Jackknife: what leaving out each sample, and each draw, does to angle and norm of the mean.
+    samples = [
+        _seen(moments.mean[-1] - one / number, exact[-1] - two / number)
+        for one, two in zip(moments.mean[:-1], exact[:-1], strict=True)
+    ]
+    plans = []
+    for k, times in enumerate(drawn.times):
+        left = drawn.without(k)
+        plans += [torch.stack([left.angles(exact[-1:])[0], left.expected[0] / exact[-1].norm()])] * times
+    jackknifed = [(n - 1) * torch.stack(rows).var(0, correction=0) for rows, n in ((samples, number), (plans, draws))]
+    angle_error, norm_error = (jackknifed[0] + jackknifed[1]).sqrt().tolist()
     return Comparison(
         angle=angles[-1].item(),
-        angle_error=math.sqrt(sum((n - 1) * values.var(correction=0).item() for values, n in left_out)),
-        sample_angle=angles[:-1].nanmedian().item(),
+        angle_error=angle_error,
+        sample_angle=angles[:-1].nanquantile(0.5).item(),
+        samples_seen=int(angles[:-1].isfinite().sum()),
         norm=ratios[-1].item(),
-        sample_norm=ratios[:-1].nanmedian().item(),
+        norm_error=norm_error,
+        sample_norm=ratios[:-1].nanquantile(0.5).item(),
         variance=(moments.variance[-1] / moments.expected[-1] ** 2).item(),
         plans=len(drawn.times),
     )
 
 
-def _angle(one: Tensor, two: Tensor) -> Tensor:
-    return torch.rad2deg(torch.acos(torch.cosine_similarity(one, two, dim=0).clamp(-1, 1)))
+def _seen(one: Tensor, two: Tensor) -> Tensor:
+    """Degrees between two vectors, and the first one's norm in units of the second one's: ``(2,)``."""
+    angle = torch.rad2deg(torch.acos(torch.cosine_similarity(one, two, dim=0).clamp(-1, 1)))
+    return torch.stack([angle, one.norm() / two.norm()])

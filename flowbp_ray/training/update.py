@@ -29,8 +29,8 @@ def accumulate(
 
     The loss is ``−mean(weight · J)`` over the reward inputs of ``batch`` samples, of which these are some. ``gradients[m]``
     is the objective's gradient at reward input ``m``, ``weights (B,)`` are the samples' weights, ``copies`` the plan's noised
-    ones. The penalty, at each active step, is ``velocity_penalty`` times the mean squared distance of the conditional
-    velocity to the one without the adapter.
+    ones. The penalty is ``velocity_penalty`` times the mean squared distance of the conditional velocity to the one without
+    the adapter, averaged over the plan's active velocities too: it weighs the same whatever their number.
     """
 
     def velocity(x: Tensor, index: int, branch: Branch) -> Tensor:
@@ -43,7 +43,7 @@ def accumulate(
             reference = velocity(x, index, "conditional")
         finally:
             backbone.transformer.enable_adapters()
-        return 2 * velocity_penalty / (batch * current[0].numel()) * (current - reference)
+        return 2 * velocity_penalty / (batch * len(plan.active) * current[0].numel()) * (current - reference)
 
     shape = (-1, *[1] * (gradients[0].ndim - 1))
     cotangents = [-(weights / (batch * len(gradients))).view(shape) * g for g in gradients]

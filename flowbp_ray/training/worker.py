@@ -58,7 +58,11 @@ def train_loop(job: Job) -> None:
         plan = learner.plan
         for part in range(parts):
             asked = time.perf_counter()
-            block = next(blocks)
+            block = next(blocks, None)
+            if block is None:
+                raise RuntimeError(
+                    f"the stream of rollouts ended in step {step} of {config.train.steps}: see what its stages say"
+                )
             seconds["waiting"] += time.perf_counter() - asked
             wanted = part * config.train.workers + rank
             own = MicroBatch.of(config, step * parts * config.train.workers + wanted)

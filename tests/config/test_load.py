@@ -30,6 +30,7 @@ def test_every_recipe_loads_and_its_dump_gives_it_again(path, tmp_path):
 def test_a_dump_is_complete_and_independent_of_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a red ring\n")
     (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "model_index.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     config = load(SPARSE, ["prompts.path=prompts.txt", "adapter.init_from=start", "output=runs", "model.path=./start"])
     monkeypatch.chdir("/")

@@ -1,17 +1,27 @@
 """What the align command says before it starts anything."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from safetensors.torch import save_file
+
+from flowbp_ray.config import load
+from flowbp_ray.training.adapter import EXPORT_FILE
+from pipelines import align
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml")
 
 
 def run(*arguments):
     command = [sys.executable, "-m", "pipelines.align", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 def test_help_shows_commands_to_copy():
@@ -24,7 +34,8 @@ def test_a_dry_run_prints_what_would_be_done_and_starts_nothing(tmp_path):
     result = run(CONFIG, "--dry-run", "train.steps=7", f"output={tmp_path}/runs", f"tracking.uri=sqlite:///{tmp_path}/m.db")
     assert result.returncode == 0, result.stderr
     assert "steps: 7" in result.stdout
-    assert "active" in result.stdout
+    assert "index  coefficient" in result.stdout
+    assert "Nothing was started" in result.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -35,6 +46,12 @@ def test_a_dry_run_prints_what_would_be_done_and_starts_nothing(tmp_path):
         ("train.steps=seven", "train.steps"),
         ("model.path=/nowhere", "/nowhere"),
         ("adapter.init_from=/nowhere", "/nowhere"),
+        ("adapter.init_from=/etc", "no adapter in /etc: it has no pytorch_lora_weights.safetensors"),
+        (
+            "model.path=models/mine",
+            "model.path is 'models/mine': there is no such folder here, and the Hugging Face hub does not ",
+        ),
+        ("reward.components.1.path=owner/judge", "reward.components.1.path is 'owner/judge': there is no such folder here"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence_without_a_traceback(override, sentence):
@@ -43,6 +60,49 @@ def test_what_is_wrong_is_said_in_one_sentence_without_a_traceback(override, sen
     assert sentence in result.stderr
     assert "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_an_adapter_of_another_rank_is_no_start_before_anything_is_started(tmp_path):
+    metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps({"transformer.lora_alpha": 16.0})}
+    save_file({"transformer.a.lora_A.weight": torch.zeros(8, 2)}, tmp_path / EXPORT_FILE, metadata)
+    overrides = [f"adapter.init_from={tmp_path}"]
+    with pytest.raises(ValueError, match=r"has rank 8: set adapter\.rank, which is 4, to that"):
+        align.intended(load(Path(CONFIG), overrides))
+    assert "Nothing was started" in align.intended(load(Path(CONFIG), [*overrides, "adapter.rank=8"]))
+
+
+def test_no_password_in_a_dry_run():
+    printed = align.intended(load(Path(CONFIG), ["tracking.uri=postgresql://me:secret@host/db"]))
+    assert "secret" not in printed
+    assert printed.count("postgresql://me:***@host/db") == 2
+
+
+def test_ctrl_c_before_anything_is_started_is_one_sentence(monkeypatch):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(align, "intended", interrupted)
+    monkeypatch.setattr(sys, "argv", ["align", CONFIG])
+    with pytest.raises(SystemExit) as caught:
+        align.main()
+    assert caught.value.code == "\ninterrupted: nothing was started"
+
+
+def test_the_latest_checkpoint_is_the_listed_one_or_where_the_list_is_broken_the_newest_whole_one(tmp_path):
+    assert align.latest_checkpoint(tmp_path) == "there is no checkpoint of it yet"
+    listed = tmp_path / "checkpoint_manager_snapshot.json"
+    whole = json.dumps({"latest_checkpoint_result": {"checkpoint_dir_name": "checkpoint_000010"}})
+    listed.write_text(whole[:40])
+    assert align.latest_checkpoint(tmp_path) == "there is no checkpoint of it yet"
+    for name in ("checkpoint_000010", "checkpoint_000020", "checkpoint_000030"):
+        (tmp_path / name).mkdir()
+    for name in ("checkpoint_000010", "checkpoint_000020"):
+        (tmp_path / name / "state.json").write_text("{}")
+    assert align.latest_checkpoint(tmp_path).endswith(f"adapter.init_from={tmp_path / 'checkpoint_000020'}")
+    listed.write_text(whole)
+    assert align.latest_checkpoint(tmp_path).endswith(f"adapter.init_from={tmp_path / 'checkpoint_000010'}")
+    listed.write_text(json.dumps({"latest_checkpoint_result": None}))
+    assert align.latest_checkpoint(tmp_path) == "there is no checkpoint of it yet"
 
 
 def test_a_missing_configuration_is_named(tmp_path):

@@ -19,7 +19,9 @@ def run(*arguments):
 
 def test_table_figures_picture_and_mlflow_run_are_written(tmp_path):
     uri, folder = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "study"
-    small = ["sampling.steps=4", "surrogate.alpha=0.7", f"tracking.uri={uri}", "--samples", "2", "--draws", "2"]
+    # All samples are above this clip: the study has to be one without it.
+    clipped = "reward.components=[{name: preference, path: shapes/reward, weight: 1, clip: -100}]"
+    small = [clipped, "sampling.steps=4", "surrogate.alpha=0.7", f"tracking.uri={uri}", "--samples", "2", "--draws", "3"]
     result = run(CONFIG, *small, "--output", str(folder), "--lengths", "3", "2")
     assert result.returncode == 0, result.stderr
     assert "refl is left out: surrogate does not go with sampling.steps = 4: last_n_steps is 11" in result.stderr
@@ -29,6 +31,7 @@ def test_table_figures_picture_and_mlflow_run_are_written(tmp_path):
     assert list(figures["compared"]) == list(figures["methods"])
     assert figures["methods"]["leapalign"]["alpha"] == 0.7
     assert figures["compared"]["full"]["angle"] == pytest.approx(0, abs=1e-5)
+    assert figures["compared"]["full"]["samples_seen"] == 2
     assert all(f"| {name} |" in text for name in figures["compared"])
     assert [g["steps"] for g in figures["growth"]] == [2, 3]
     assert [list(errors) for errors in figures["connector_errors"].values()] == [["2", "3", "4"]] * 4
@@ -56,8 +59,8 @@ def test_help_shows_commands_to_copy():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--samples", "1"], "--samples 1: at least two are needed"),
-        (["--draws", "1"], "--draws 1: at least two are needed"),
+        (["--samples", "1"], "--samples 1: at least 2 are needed"),
+        (["--draws", "2"], "--draws 2: at least 3 are needed"),
         (["--lengths", "4", "0"], "--lengths 0: a trajectory has at least one step"),
         (["one.yaml", "two.yaml"], "one configuration is studied at a time"),
         (["none.yaml"], "there is no configuration"),

@@ -4,7 +4,7 @@ import torch
 
 from flowbp_ray.pictures import to_uint8
 from flowbp_ray.shapes.captions import TASKS, evaluation_prompts, parse
-from flowbp_ray.shapes.evaluation import judge, six_tasks
+from flowbp_ray.shapes.evaluation import judge, seeds, six_tasks
 from flowbp_ray.shapes.world import draw, lay_out
 
 
@@ -21,6 +21,18 @@ def test_shares_and_standard_errors():
 def test_a_missing_task_is_an_error_and_not_a_zero():
     with pytest.raises(ValueError, match="no pictures were judged for counting"):
         six_tasks({task: [True] for task in TASKS if task != "counting"} | {"counting": []})
+
+
+def test_a_difference_has_the_error_of_differences():
+    before, after = np.array([1, 1, 0, 0]), np.array([1, 1, 0, 1])
+    gained = six_tasks(dict.fromkeys(TASKS, after - before))["position"]
+    assert gained.value == 0.25
+    assert gained.error == pytest.approx((0.25 * 0.75 / 4) ** 0.5)
+
+
+def test_no_two_pictures_share_their_noise():
+    several = [seeds(task, start, 50, evaluation) for task in TASKS for start in (0, 50) for evaluation in (0, 1)]
+    assert len({seed for some in several for seed in some}) == 50 * len(several)
 
 
 def test_judging_a_perfect_sampler_and_one_that_ignores_the_prompt():

@@ -2,7 +2,9 @@
 
 import math
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ CONFIG = {
     "reward": {"components": [{"name": "preference", "weight": 1.0}, {"name": "judge", "weight": 0.0}]},
     "adapter": {"targets": ["to_q", "to_k"], "empty": {}},
     "train": {"learning_rate": 1e-5, "resume": False},
+    "tracking": {"uri": None},
     "long": "ö" * 501,
 }
 PICTURE = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
@@ -121,7 +124,7 @@ def test_parameters_tags_and_the_configuration(start, client, checkout, uri):
     assert info.artifact_uri.startswith("file:///")
     assert "a%20store" in info.artifact_uri
     assert run.info()["page"].endswith(f"#/experiments/{info.experiment_id}/runs/{run.run_id}")
-    assert f"'{uri}'" in run.info()["command"]
+    assert shlex.split(run.info()["command"]) == [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
 
 
 def test_the_project_reads_its_configuration_back(start, client):
@@ -215,8 +218,11 @@ def test_what_cannot_be_continued_or_started(start):
         start(experiment="Default")
 
 
-def test_no_password_in_what_a_person_is_told(start):
-    run = start()
+def test_no_password_in_what_is_kept_or_a_person_is_told(start, client):
+    run = start(CONFIG | {"tracking": {"experiment": "e", "uri": "postgresql://me:secret/word@host/db"}})
+    assert client.get_run(run.run_id).data.params["tracking.uri"] == "postgresql://me:***@host/db"
+    config = Path(client.download_artifacts(run.run_id, "resolved_config.yaml"))
+    assert yaml.safe_load(config.read_text())["tracking"] == {"experiment": "e", "uri": "postgresql://me:***@host/db"}
     run.uri = "https://me:secret@tracking/"
     assert run.info()["page"].startswith("https://me:***@tracking/#/experiments/")
     run.uri = "postgresql://me:secret@host/db"
@@ -232,6 +238,14 @@ def test_the_code_version(checkout, tmp_path):
     (checkout / "file").write_text("one")
     inside = checkout / "installed"  # say site-packages of a virtual environment in somebody's repository
     inside.mkdir()
-    assert set(code_version(inside)) == {"flowbp_ray.version"}
+    (inside / "flowbp_ray").mkdir()
+    versions = []
+    for source in ("one = 1", "one = 2", "one = 1"):
+        (inside / "flowbp_ray" / "module.py").write_text(source)
+        tags = code_version(inside)
+        assert set(tags) == {"flowbp_ray.version"}
+        versions.append(tags["flowbp_ray.version"])
+    assert re.fullmatch(r"\S+\+sources\.[0-9a-f]{12}", versions[0])
+    assert versions[0] == versions[2] != versions[1]
     (tmp_path / ".git").mkdir()
     assert code_version(tmp_path)["git.commit"].startswith("unknown: fatal: not a git repository")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from flowbp_ray.tracking.store import artifact_root, make_room, tracking_uri
+from flowbp_ray.tracking.store import artifact_root, make_room, masked, tracking_uri
 
 
 @pytest.fixture
@@ -60,6 +60,20 @@ def test_a_relative_database_is_refused(home, monkeypatch, uri, by_environment):
 def test_folders_are_refused(home, uri):
     with pytest.raises(ValueError, match="write sqlite:////"):
         tracking_uri(uri)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://me:secret@host/db", "postgresql://me:***@host/db"),
+        ("uri: mysql://me:a/b@host/db\nother: me@host", "uri: mysql://me:***@host/db\nother: me@host"),
+        ("http://host:5000/?a=b", "http://host:5000/?a=b"),
+        ("postgresql://me@host:5432/db", "postgresql://me@host:5432/db"),
+        ("sqlite:////tmp/a:b.db", "sqlite:////tmp/a:b.db"),
+    ],
+)
+def test_a_password_is_masked_and_nothing_else(text, shown):
+    assert masked(text) == shown
 
 
 def test_mlflow_is_not_loaded_to_know_the_place():

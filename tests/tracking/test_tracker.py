@@ -7,7 +7,7 @@ from mlflow import MlflowClient
 from flowbp_ray.tracking.store import tracking_uri
 from flowbp_ray.tracking.tracker import Tracker
 
-CONFIG = {"model": {"path": "shapes"}, "surrogate": {"method": "sparse"}}
+CONFIG = {"model": {"path": "shapes"}, "surrogate": {"method": "sparse"}, "tracking": {"uri": None}}
 
 
 @pytest.fixture

@@ -1,13 +1,19 @@
 """Adapters on a tiny random pipeline: what is bound, pushed, averaged, and exported for plain diffusers."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
+from safetensors.torch import load_file, save_file
 
-from flowbp_ray.backbones.sd3 import SD3Backbone
+from flowbp_ray.backbones.sd3 import SD3Backbone, lora_targets
+from flowbp_ray.config import load
 from flowbp_ray.training import adapter
 
+SPARSE = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
 TARGETS = ["attn.to_q", "attn.to_v", "ff.net.2"]
 LORA = {"rank": 4, "alpha": 12.0, "targets": TARGETS}
 PROMPTS, SEEDS = ["a red ring", "a ring above a cross"], [5, 6]
@@ -50,6 +56,20 @@ def test_the_same_seed_is_the_same_adapter(tiny_pipeline):
 def test_a_target_that_binds_nothing_is_refused(backbone):
     with pytest.raises(ValueError, match=r"'attn9\.to_q' binds no linear module of SD3Transformer2DModel"):
         adapter.add_adapter(backbone, rank=4, alpha=4, targets=["attn.to_q", "attn9.to_q"], seed=0)
+
+
+def test_unless_told_otherwise_every_attention_and_feed_forward_is_bound():
+    transformer = SD3Transformer2DModel(
+        sample_size=8, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
+        caption_projection_dim=16, pooled_projection_dim=16, out_channels=4, pos_embed_max_size=4, dual_attention_layers=(0,),
+    )  # fmt: skip
+    linears = {n for n, m in transformer.transformer_blocks.named_modules() if isinstance(m, torch.nn.Linear)}
+    modulation = {n for n in linears if n.split(".")[1].startswith("norm")}
+    assert modulation
+    bound = adapter.matching(transformer, lora_targets(transformer))
+    assert set(bound) == {f"transformer_blocks.{n}" for n in linears - modulation}
+    assert "transformer_blocks.0.attn2.to_out.0" in bound
+    assert "transformer_blocks.0.attn.to_add_out" in bound
 
 
 def test_pushed_weights_arrive_and_change_the_picture(backbone, tiny_pipeline):
@@ -97,8 +117,6 @@ def test_an_export_is_a_start(backbone, tiny_pipeline, tmp_path):
 
 
 def test_a_missing_and_a_foreign_adapter_are_refused(backbone, tmp_path):
-    from safetensors.torch import save_file
-
     with pytest.raises(FileNotFoundError, match="no adapter in"):
         adapter.load_export(backbone, tmp_path)
     save_file(
@@ -107,6 +125,68 @@ def test_a_missing_and_a_foreign_adapter_are_refused(backbone, tmp_path):
     )
     with pytest.raises(ValueError, match="binds nothing"):
         adapter.load_export(backbone, tmp_path)
+
+
+def test_an_adapter_that_fits_in_part_is_refused(backbone, tiny_pipeline, tmp_path):
+    adapter.add_adapter(backbone, **LORA, seed=0)
+    adapter.export(backbone, adapter.read(backbone.transformer), tmp_path, weights="raw")
+    tensors = load_file(tmp_path / adapter.EXPORT_FILE)
+    block = "transformer.transformer_blocks.{}.attn.to_q.lora_{}.weight"
+    extra = {block.format(9, "A"): torch.zeros(4, 8), block.format(9, "B"): torch.zeros(8, 4)}
+    fewer = {k: v for k, v in tensors.items() if k != block.format(0, "B")}
+    for changed, first, number in ((tensors | extra, block.format(9, "A"), 26), (fewer, block.format(0, "B"), 23)):
+        save_file(changed, tmp_path / adapter.EXPORT_FILE)
+        wanted = f"{first!r} is on one side only, of {number} tensors in the file and 24 in the model"
+        with pytest.raises(ValueError, match=re.escape(wanted)):
+            adapter.load_export(SD3Backbone.from_pretrained(tiny_pipeline), tmp_path)
+
+
+def scaling(backbone):
+    """What the adapted layers multiply by."""
+    return {m.scaling["default"] for m in backbone.transformer.modules() if hasattr(m, "lora_A")}
+
+
+def test_the_strength_of_an_export_is_in_it_once_however_often_training_starts_from_one(tiny_pipeline, tmp_path):
+    settings = [f"model.path={tiny_pipeline}", "adapter.rank=4", "adapter.alpha=12"]
+    start = load(SPARSE, settings)
+    for number in range(3):
+        backbone = adapter.adapted(start, "cpu")
+        assert scaling(backbone) == {12 / 4}
+        folder = tmp_path / str(number)
+        adapter.export(backbone, trained(adapter.read(backbone.transformer)), folder, weights="raw", strength=0.3)
+        exported = SD3Backbone.from_pretrained(tiny_pipeline)
+        adapter.load_export(exported, folder)
+        (scale,) = scaling(exported)
+        assert scale == pytest.approx(0.3 * 12 / 4)
+        start = load(SPARSE, [*settings, f"adapter.init_from={folder}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["adapter.rank=8"], "has rank 4: set adapter.rank, which is 8, to that"),
+        (["adapter.alpha=6"], "has alpha 12: set adapter.alpha, which is 6, to that"),
+    ],
+)
+def test_a_start_with_another_rank_or_alpha_says_what_to_set(backbone, tiny_pipeline, tmp_path, overrides, sentence):
+    adapter.add_adapter(backbone, **LORA, seed=0)
+    adapter.export(backbone, adapter.read(backbone.transformer), tmp_path, weights="raw", strength=0.5)
+    settings = [f"model.path={tiny_pipeline}", "adapter.rank=4", "adapter.alpha=12", f"adapter.init_from={tmp_path}"]
+    adapter.check_start(load(SPARSE, settings))
+    with pytest.raises(ValueError, match=re.escape(f"the adapter in {tmp_path} {sentence}")):
+        adapter.adapted(load(SPARSE, [*settings, *overrides]), "cpu")
+
+
+def test_a_file_that_is_no_adapter_or_no_single_one_is_no_start(tmp_path):
+    config = load(SPARSE, [f"adapter.init_from={tmp_path}"])
+    with pytest.raises(FileNotFoundError, match="no adapter in"):
+        adapter.check_start(config)
+    (tmp_path / adapter.EXPORT_FILE).write_bytes(b"not at all")
+    with pytest.raises(ValueError, match="cannot be read: "):
+        adapter.check_start(config)
+    save_file({f"transformer.{r}.lora_A.weight": torch.zeros(r, 4) for r in (2, 4)}, tmp_path / adapter.EXPORT_FILE)
+    with pytest.raises(ValueError, match=r"has no one rank and alpha for all its modules \(ranks \[2, 4\]\)"):
+        adapter.check_start(config)
 
 
 def test_the_average_moves_by_one_minus_the_decay():

@@ -167,6 +167,28 @@ def test_the_noise_of_few_draws_biases_neither_norm_nor_variance_nor_angle():
     assert sum(c.angle_error for c in several) / 100 == pytest.approx(spread, rel=0.3)
 
 
+def test_errors_of_few_samples_are_the_spread_over_many_sets_of_them():
+    """Nothing is drawn here: all that differs between the sets is which samples they have."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = torch.zeros(2, 6, dtype=torch.float64)
+    ours[:2], theirs[:1] = torch.tensor([3.0, 4.0]), 2.0
+    compared = []
+    for _ in range(200):
+        one, two = (mean + 0.5 * torch.randn(12, 6, generator=generator, dtype=torch.float64) for mean in (ours, theirs))
+        one, exact = (torch.cat([rows, rows.mean(0, keepdim=True)]) for rows in (one, two))
+        compared.append(compare(Drawn(Moments(one, one.square().sum(1), 4), one[-1:], [4]), exact))
+    for kind in ("angle", "norm"):
+        values, errors = (torch.tensor([vars(c)[k] for c in compared]) for k in (kind, f"{kind}_error"))
+        assert errors.mean().item() == pytest.approx(values.std().item(), rel=0.15)
+    assert {c.samples_seen for c in compared} == {12}
+
+
+def test_a_sample_without_gradient_is_named(studied, trajectory, monkeypatch):
+    monkeypatch.setattr(studied, "score", lambda latents, _: latents * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1))
+    with pytest.raises(ValueError, match=r"the objective of sample 1 \('.+'\) does not change with its picture"):
+        studied.chain(replace(trajectory, gradients={}))
+
+
 def test_what_noise_hides_is_not_given_a_number():
     exact = torch.zeros(2, 50, dtype=torch.float64)
     exact[:, 0] = 2.0

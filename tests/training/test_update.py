@@ -1,31 +1,37 @@
-"""The engine on a real (tiny) SD3 transformer against plain autograd through the whole surrogate graph."""
+"""The engine on the embedded default's SD3 transformer against plain autograd through the whole surrogate graph."""
 
 import numpy as np
 import pytest
 import torch
 
-from flowbp_ray.backbones.sd3 import SD3Backbone
+from flowbp_ray.backbones.sd3 import SD3Backbone, lora_targets
 from flowbp_ray.rollouts.rollout import roll_out
+from flowbp_ray.shapes import BASE
 from flowbp_ray.surrogate.backward import Guidance
 from flowbp_ray.surrogate.methods import METHODS
 from flowbp_ray.training import adapter
 from flowbp_ray.training.update import accumulate, clip_by_norm
 
-PROMPTS, STEPS, SCALE = ["a red ring", "a ring above a cross"], 5, 3.0
+PROMPTS, STEPS, SCALE = ["a red ring", "a ring above a cross"], 4, 3.0
+METHOD_SETTINGS = {
+    "sparse": {"active_steps": 3, "late_bias": 1.0, "rescale": 0.5},
+    "bridge": {"active_steps": 3, "alpha": 0.5},
+    "lagrange": {"alpha": 0.5, "support_scale": 0.5},
+}
 
 
-@pytest.fixture(scope="module")
-def scene(tiny_pipeline):
-    """A backbone with a moved adapter, encoded prompts, and a guided rollout of a sparse plan."""
-    backbone = SD3Backbone.from_pretrained(tiny_pipeline)
-    adapter.add_adapter(backbone, rank=4, alpha=4, targets=["attn.to_q", "attn.to_out.0", "ff.net.2"], seed=0)
+@pytest.fixture(scope="module", params=METHOD_SETTINGS)
+def scene(request):
+    """A backbone with a moved adapter, encoded prompts, and a guided rollout of a plan."""
+    backbone = SD3Backbone.from_pretrained(BASE)
+    adapter.add_adapter(backbone, rank=4, alpha=4, targets=lora_targets(backbone.transformer), seed=0)
     generator = torch.Generator().manual_seed(1)
     for parameter in adapter.parameters(backbone.transformer):
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     text, negative = backbone.encode(PROMPTS), backbone.encode([""])
     sigmas = backbone.grid(STEPS)
-    settings = METHODS["sparse"].settings(active_steps=3, late_bias=1.0, rescale=0.5)
-    plan = METHODS["sparse"].plan(settings, sigmas, np.random.default_rng(0))
+    method = METHODS[request.param]
+    plan = method.plan(method.settings(**METHOD_SETTINGS[request.param]), sigmas, np.random.default_rng(0))
     noise = backbone.initial_latents([torch.Generator().manual_seed(s) for s in (3, 4)], 64, 64)
     rollout = roll_out(noise, sigmas, lambda x, s: backbone.velocity(x, s, text, negative, SCALE), plan)
     gradient = torch.randn(rollout.latents[STEPS].shape, generator=generator)
@@ -52,24 +58,28 @@ def engine(scene, guidance, penalty=0.0, rows=slice(None)):
 
 
 def whole_graph(scene, detach_negative, penalty=0.0):
-    """The surrogate's graph as method.md writes it: x̂ moves with the active velocities and is pinned to x_T."""
+    """The surrogate's graph as method.md writes it: x̂ moves with the active velocities and is pinned, at a bridge too."""
     backbone, text, negative, sigmas, plan, rollout, gradient = scene
-    moved, distance = 0.0, 0.0
+    moved, distance = torch.zeros_like(gradient), 0.0
+    alphas = {b.index: b.alpha for b in plan.bridges}
     for active in plan.active:
         x = rollout.latents[active.index]
+        if active.index in alphas:
+            x = x + alphas[active.index] * (moved - moved.detach())
         conditional = backbone.velocity(x, sigmas[active.index], text)
         unconditional = backbone.velocity(x, sigmas[active.index], negative.expand(2))
         if detach_negative:
             unconditional = unconditional.detach()
         moved = moved + active.coefficient * (unconditional + SCALE * (conditional - unconditional))
         if penalty:
+            x = rollout.latents[active.index]  # the penalty does not cross bridges
             backbone.transformer.disable_adapters()
             with torch.no_grad():
                 reference = backbone.velocity(x, sigmas[active.index], text)
             backbone.transformer.enable_adapters()
-            distance = distance + (conditional - reference).square().mean()
+            distance = distance + (backbone.velocity(x, sigmas[active.index], text) - reference).square().mean()
     objective = ((moved * gradient).flatten(1).sum(1) * torch.tensor([1.0, 0.5])).mean()
-    (penalty * distance - objective).backward()
+    (penalty * distance / len(plan.active) - objective).backward()
 
 
 @pytest.mark.parametrize("detach_negative", [True, False])

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from flowbp_ray.surrogate.checks import count, not_negative, one_of, positive, require, share
-from flowbp_ray.surrogate.draws import PairDraw, evenly_spaced, late_biased, window_start
+from flowbp_ray.surrogate.draws import PairDraw, evenly_spaced, late_biased, one_of_the_last, window_start
 from flowbp_ray.surrogate.methods.bridge import split_indices
 from flowbp_ray.surrogate.methods.lagrange import leg
 from flowbp_ray.surrogate.plan import Active, Bridge, Connector, Plan, RewardInput, SampleWeight
@@ -24,6 +24,8 @@ ACTIVE = {
     "lagrange": ("start", "midpoint", "all"),
     "lagrange_last_leg": ("late_biased",),
 }
+#: How many supports of a leg carry gradient; all of them where it is not said.
+ACTIVE_SUPPORTS = {"start": 1, "midpoint": 2}
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Settings:
     late_bias: float | None = None
     #: For lagrange: supports a leg, at most.
     order: int | None = None
-    #: For lagrange with midpoint or all: factor on the gradient of supports other than a leg's start.
+    #: For lagrange with midpoint or all, of order 2 at least: factor on the gradient of supports other than a leg's start.
     support_scale: float | None = None
     #: For drawn and every: how much of the gradient at a bridge's latent crosses it.
     alpha: float | None = None
@@ -67,10 +69,10 @@ class Settings:
         one_of("bridge", self.bridge, ("none", "drawn", "every"))
         one_of(f"active (with weights {self.weights})", self.active, ACTIVE[self.weights])
         self._check_bridge()
-        self._check_details()
         for name in ("stop_within", "active_steps", "order"):
             if (value := self.__dict__[name]) is not None:
                 count(name, value, least=2 if name == "active_steps" and self.bridge != "none" else 1)
+        self._check_details()
         for name in ("late_bias", "support_scale", "alpha", "rescale"):
             if (value := self.__dict__[name]) is not None:
                 not_negative(name, value)
@@ -98,13 +100,18 @@ class Settings:
     def _check_details(self) -> None:
         legs = self.weights in ("leap", "lagrange")
         counted, drawn = self.active in ("last", "late_biased", "evenly_spaced"), self.bridge == "drawn"
-        inactive = counted or (self.weights == "lagrange" and self.active != "all")
+        order = self.order or 1
+        inactive = counted or ACTIVE_SUPPORTS.get(self.active, order) < order
         for name, used, where in (
             ("stop_within", self.reward_input == "posterior_mean", "reward_input is 'posterior_mean'"),
             ("active_steps", counted, "active is 'last', 'late_biased' or 'evenly_spaced'"),
             ("late_bias", self.active == "late_biased", "active is 'late_biased'"),
             ("order", self.weights == "lagrange", "weights is 'lagrange'"),
-            ("support_scale", legs and self.active != "start", "weights is 'lagrange' and active 'midpoint' or 'all'"),
+            (
+                "support_scale",
+                self.weights == "lagrange" and self.active != "start" and order > 1,
+                "weights is 'lagrange', active 'midpoint' or 'all', and order at least 2",
+            ),
             ("alpha", self.bridge != "none", "bridge is 'drawn' or 'every'"),
             ("pair", legs or drawn, "bridge is 'drawn' or weights is 'leap' or 'lagrange'"),
         ):
@@ -114,8 +121,8 @@ class Settings:
                 raise ValueError(f"{name} is {self.__dict__[name]!r}: it {verb}, as it belongs exactly where {where}")
         if self.rescale and not inactive:
             raise ValueError(
-                f"rescale is {self.rescale!r}, but with weights {self.weights!r} and active {self.active!r} no velocity is "
-                "inactive, so there is none to stand in for: leave it at 0"
+                f"rescale is {self.rescale!r}, but with weights {self.weights!r}, active {self.active!r} and order {self.order} "
+                "no velocity is inactive, so there is none to stand in for: leave it at 0"
             )
         if self.tail is not None and self.active != "late_biased" and self.pair is None:
             raise ValueError(f"tail is {self.tail!r}, but active {self.active!r} draws nothing from a window: leave it out")
@@ -133,7 +140,7 @@ def plan(settings: Settings, sigmas: Grid, generator: np.random.Generator) -> Pl
     reward_input = RewardInput("sampled", steps)
     _check_length(settings, steps)
     if settings.stop_within is not None:
-        stop = steps - int(generator.integers(1, settings.stop_within + 1))
+        stop = one_of_the_last(settings.stop_within, steps, generator)
         reward_input, grid = RewardInput("posterior_mean", stop), stopped_grid(grid, stop)
     build = _legs if settings.weights in ("leap", "lagrange") else _steps
     return replace(build(settings, grid, reward_input, generator), steps=steps)
@@ -200,8 +207,8 @@ def _legs(settings: Settings, grid: np.ndarray, reward_input: RewardInput, gener
     connectors = tuple(Connector(a, b, supports(a, b, order)) for a, b in pairwise(ends))
     active: list[Active] = []
     for connector in connectors:
-        number = {"start": 1, "midpoint": 2}.get(settings.active, order)
-        scale = 1.0 if settings.active == "start" else _given(settings.support_scale)
+        number = ACTIVE_SUPPORTS.get(settings.active, order)
+        scale = 1.0 if settings.support_scale is None else settings.support_scale
         active += leg(grid, connector, number, scale, settings.rescale)
     bridges = (Bridge(j, _given(settings.alpha)),) if settings.bridge == "drawn" else ()
     weight = None if settings.weight_floor is None else SampleWeight(connectors, settings.weight_floor)

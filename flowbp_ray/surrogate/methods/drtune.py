@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flowbp_ray.surrogate.checks import count, share
-from flowbp_ray.surrogate.draws import evenly_spaced
+from flowbp_ray.surrogate.draws import evenly_spaced, one_of_the_last
 from flowbp_ray.surrogate.plan import Active, Plan, RewardInput
 from flowbp_ray.surrogate.quadrature import Grid, checked_grid, stopped_grid
 
@@ -28,7 +28,7 @@ def plan(settings: Settings, sigmas: Grid, generator: np.random.Generator) -> Pl
     """``x_0 + Σ_{i<s} Δ_i v_i − σ_s v_s``: the coefficient is ``Δ_i`` before the stop and ``−σ_s`` at it."""
     grid = checked_grid(sigmas)
     steps = len(grid) - 1
-    stop = steps - int(generator.integers(1, max(1, round(settings.stop_ratio * steps)) + 1))
+    stop = one_of_the_last(max(1, round(settings.stop_ratio * steps)), steps, generator)
     deltas = np.diff(stopped_grid(grid, stop))
     active = tuple(Active(i, float(deltas[i])) for i in evenly_spaced(stop + 1, settings.active_steps, generator))
     return Plan("drtune", steps, (RewardInput("posterior_mean", stop),), active)

@@ -21,8 +21,8 @@ class Settings:
     order: int = 3
     #: Which of a leg's supports carry gradient: the first, the first two, or all.
     active_supports: Literal["start", "midpoint", "all"] = "midpoint"
-    #: At most so many active supports a leg, or None.
-    max_active_supports: int | None = 2
+    #: At most so many active supports a leg, or None. (Published is 2, which ``midpoint`` means anyway.)
+    max_active_supports: int | None = None
     #: Factor on the gradient of active supports other than a leg's start.
     support_scale: float = 0.25
     #: ρ, how far a leg's active gradients are scaled up to stand in for its inactive ones: 0 not at all, 1 fully.

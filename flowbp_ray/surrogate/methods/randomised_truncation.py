@@ -29,8 +29,7 @@ def plan(settings: Settings, sigmas: Grid, generator: np.random.Generator) -> Pl
     """K is uniform in ``least … most``; the rest is `truncated`."""
     steps = len(sigmas) - 1
     most = steps if settings.most is None else settings.most
-    require(
-        settings.least <= most <= steps, "most", settings.most, f"from least ({settings.least}) to the {steps} steps there are"
-    )
+    for name, value in (("least", settings.least), ("most", most)):
+        require(value <= steps, name, value, f"at most {steps}, the number of steps")
     number = int(generator.integers(settings.least, most + 1))
     return replace(truncated.plan(truncated.Settings(number), sigmas, generator), method="randomised_truncation")

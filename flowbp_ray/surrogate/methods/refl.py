@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flowbp_ray.surrogate.checks import count, require
+from flowbp_ray.surrogate.draws import one_of_the_last
 from flowbp_ray.surrogate.plan import Active, Plan, RewardInput
 from flowbp_ray.surrogate.quadrature import Grid, checked_grid
 
@@ -25,5 +26,5 @@ def plan(settings: Settings, sigmas: Grid, generator: np.random.Generator) -> Pl
     grid = checked_grid(sigmas)
     steps, last = len(grid) - 1, settings.last_n_steps
     require(last <= steps, "last_n_steps", last, f"at most {steps}, the number of steps")
-    tau = int(generator.integers(steps - last, steps))
+    tau = one_of_the_last(last, steps, generator)
     return Plan("refl", steps, (RewardInput("posterior_mean", tau),), (Active(tau, -float(grid[tau])),))

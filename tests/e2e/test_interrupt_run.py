@@ -49,13 +49,15 @@ def test_an_interrupted_run_leaves_no_process_and_a_usable_checkpoint(tmp_path, 
     overrides = [*OVERRIDES, f"output={tmp_path}/runs", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
     command = [sys.executable, "-m", "pipelines.align", str(CONFIG), *overrides]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"FLOWBP_TEST": mark}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as run:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, cwd=ROOT, env=environment, start_new_session=True) as run:
         until = time.monotonic() + 500
         while not any("the last checkpoint is" in latest_checkpoint(f) for f in tmp_path.glob("runs/*")):
             assert run.poll() is None, run.communicate()[1]
             assert time.monotonic() < until
             time.sleep(0.2)
-        run.send_signal(number)
+        # A terminal interrupts all of its foreground processes, `ray job stop` and `kill` the command alone.
+        (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)
         _, errors = run.communicate(timeout=120)
     assert run.returncode == 1
     assert "interrupted: nothing runs any more; the last checkpoint is" in errors
