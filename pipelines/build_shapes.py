@@ -69,7 +69,7 @@ def main() -> None:
     common = {"device": args.device, "workers": args.workers}
     vae = target / "base" / "vae" if args.further else work / "autoencoder" / "vae"
     preferences = partial(preference_model.build, further=args.further, **common)
-    earlier = measure.steps_done(target, "base") if args.further else 0
+    earlier = measure.steps_done(target) if args.further else None
     steps = {} if args.steps is None else {"steps": args.steps}
     reward, judge = replace(preference_model.REWARD, **steps), replace(preference_model.JUDGE, **steps)
     autoencoder.SCHEDULE, base.SCHEDULE = replace(autoencoder.SCHEDULE, **steps), replace(base.SCHEDULE, **steps)

@@ -13,7 +13,7 @@ from flowbp_ray.rollouts.batches import Block, MicroBatch, Policy
 from flowbp_ray.rollouts.plans import plan_of
 from flowbp_ray.rollouts.rollout import roll_out
 from flowbp_ray.surrogate.inputs import noised_copies, reward_inputs, sample_weights
-from flowbp_ray.training.adapter import adapted, checksum, read, write
+from flowbp_ray.training.adapter import adapted, checksum, merge, plain_weights, read, write
 
 
 class Sampler:
@@ -23,6 +23,7 @@ class Sampler:
         torch.set_num_threads(config.cluster.threads)
         self.config, self.prompts, self.fetch = config, prompts, fetch
         self.backbone = adapted(config, "cuda" if config.cluster.sampler_gpus else "cpu")
+        self.plain = plain_weights(self.backbone.transformer)
         self.negative = self.backbone.encode([""])
         self.sigmas = self.backbone.grid(config.sampling.steps).to(self.backbone.device)
         self.version = -1
@@ -79,4 +80,5 @@ class Sampler:
             raise RuntimeError(
                 f"the sampler holds {held[:12]}, not {policy.checksum[:12]}, after loading policy version {version}"
             )
+        merge(self.backbone.transformer, self.plain)
         self.version = version

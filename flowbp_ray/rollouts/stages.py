@@ -73,7 +73,7 @@ class Painter:
         import torch
 
         from flowbp_ray.backbones.sd3 import DTYPES, SD3Backbone
-        from flowbp_ray.training.adapter import EXPORT_FILE, load_export
+        from flowbp_ray.training.adapter import EXPORT_FILE, load_export, merge, plain_weights
 
         torch.set_num_threads(config.cluster.threads)
         device = "cuda" if config.cluster.sampler_gpus else "cpu"
@@ -83,6 +83,7 @@ class Painter:
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / EXPORT_FILE).write_bytes(exported)
                 load_export(self.backbone, Path(folder))
+            merge(self.backbone.transformer, plain_weights(self.backbone.transformer))
 
     def __call__(self, block: Block) -> Block:
         """Add finished latents to ``prompt`` and ``seed``."""

@@ -170,8 +170,8 @@ class Plan:
 
     @property
     def velocities_needed(self) -> tuple[int, ...]:
-        """Indices whose cached (guided) velocities posterior means and connector errors need."""
-        indices = {r.index for r in self.reward_inputs if r.kind == "posterior_mean"}
+        """Indices whose cached (guided) velocities posterior means, noised copies and connector errors need."""
+        indices = {r.index for r in self.reward_inputs if r.kind != "sampled"}
         return tuple(sorted(indices.union(*(c.supports for c in self._connectors))))
 
     @property

@@ -16,6 +16,7 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -124,6 +125,36 @@ def write(transformer: nn.Module, state: Mapping[str, Tensor]) -> None:
         odd = sorted(own ^ set(state))[0]
         raise ValueError(f"this adapter does not fit: {odd!r} is on one side only, of {len(own)} here and {len(state)} given")
     set_peft_model_state_dict(transformer, dict(state))
+
+
+def plain_weights(transformer: nn.Module) -> State | None:
+    """A copy of what the adapted modules weigh without the adapter, by module: what `merge` starts from.
+
+    None for a model that is not float32: in its weights small updates would be rounded away.
+    """
+    if transformer.dtype != torch.float32:
+        return None
+    return {name: layer.get_base_layer().weight.detach().clone() for name, layer in _layers(transformer)}
+
+
+def merge(transformer: nn.Module, plain: State | None) -> None:
+    """Add the adapter to the ``plain`` weights, so that a velocity costs what the base's does; for sampling only.
+
+    It starts from the plain weights every time: taking an adapter out again leaves rounding behind, and pictures would depend
+    on what was held before. Without plain weights the adapter stays beside the model's.
+    """
+    if plain is None:
+        return
+    for name, layer in _layers(transformer):
+        if layer.merged:
+            layer.unmerge()
+        with torch.no_grad():
+            layer.get_base_layer().weight.copy_(plain[name])
+        layer.merge()
+
+
+def _layers(transformer: nn.Module) -> list[tuple[str, LoraLayer]]:
+    return [(name, module) for name, module in transformer.named_modules() if isinstance(module, LoraLayer)]
 
 
 def checksum(state: Mapping[str, Tensor]) -> str:

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from flowbp_ray.config import load
+from flowbp_ray.randomness import seed_of
 from flowbp_ray.rollouts.plans import plan_of
 from flowbp_ray.rollouts.sampler import Sampler
+from flowbp_ray.training import adapter
 from flowbp_ray.training.learner import Learner
 
 CONFIG = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
@@ -60,18 +62,12 @@ def test_the_reward_sees_what_the_backbone_samples(config, policies):
     block = sampler(number(0))
     plan = plan_of(config, sampler.sigmas, 0)
     noise = block["latents"][:, 0] if plan.active[0].index == 0 else None
-    seeds = [_seed(config, s) for s in block["sample"]]
+    seeds = [seed_of(config.train.seed, 0, s, "noise") for s in block["sample"].tolist()]
     sampled = sampler.backbone.sample_latents(
         block["prompt"].tolist(), seeds, steps=5, guidance_scale=config.sampling.guidance_scale, height=64, width=64
     )
     np.testing.assert_allclose(block["inputs"][:, 0], sampled, atol=1e-5)
     assert noise is None or noise.std() == pytest.approx(1, abs=0.1)
-
-
-def _seed(config, sample):
-    from flowbp_ray.randomness import seed_of
-
-    return seed_of(config.train.seed, 0, int(sample), "noise")
 
 
 def test_who_samples_and_what_was_sampled_before_make_no_difference(config, policies):
@@ -81,6 +77,32 @@ def test_who_samples_and_what_was_sampled_before_make_no_difference(config, poli
     for column, values in one(number(3)).items():
         if column != "sampling_seconds":
             np.testing.assert_array_equal(values, other(number(3))[column])
+
+
+def test_an_adapter_added_to_the_weights_samples_what_one_beside_them_does(config, policies):
+    sampler = Sampler(config, PROMPTS, policies.__getitem__)
+    sampler(number(0))
+    block = sampler(number(2))
+    beside = adapter.adapted(config, "cpu")
+    adapter.write(beside.transformer, {k: torch.tensor(v) for k, v in policies[1].state.items()})
+    seeds = [seed_of(config.train.seed, 1, s, "noise") for s in block["sample"].tolist()]
+    size = {"height": config.sampling.height, "width": config.sampling.width}
+    sampled = beside.sample_latents(
+        block["prompt"].tolist(), seeds, steps=5, guidance_scale=config.sampling.guidance_scale, **size
+    )
+    np.testing.assert_allclose(block["inputs"][:, 0], sampled, atol=1e-4)
+    plain = beside.transformer.transformer_blocks[0].attn.to_q.base_layer.weight
+    held = sampler.backbone.transformer.transformer_blocks[0].attn.to_q.base_layer.weight
+    assert (held - plain).abs().max() > 1e-3
+
+
+def test_a_bfloat16_model_keeps_its_adapter_beside_the_weights(config):
+    transformer = adapter.adapted(config, "cpu").transformer.to(torch.bfloat16)
+    assert adapter.plain_weights(transformer) is None
+    weight = transformer.transformer_blocks[0].attn.to_q.base_layer.weight.clone()
+    torch.nn.init.normal_(transformer.transformer_blocks[0].attn.to_q.lora_B["default"].weight)
+    adapter.merge(transformer, None)
+    assert torch.equal(transformer.transformer_blocks[0].attn.to_q.base_layer.weight, weight)
 
 
 def test_the_policy_makes_a_difference(config, policies):

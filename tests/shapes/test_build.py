@@ -28,7 +28,7 @@ def built(tmp_path_factory):
         patch.setattr(base, "BANK", 100)
         patch.setattr(loop, "LOG_EVERY", 2)
         autoencoder.build(work / "autoencoder", work / "autoencoder" / "vae", seed=0, **COMMON)
-        base.build(work / "base", models / "base", work / "autoencoder" / "vae", 0, seed=0, **COMMON)
+        base.build(work / "base", models / "base", work / "autoencoder" / "vae", None, seed=0, **COMMON)
         for name, size in (("reward", preference_model.REWARD), ("judge", preference_model.JUDGE)):
             preference_model.build(
                 work / name, models / name, dataclasses.replace(size, steps=10), further=False, seed=0, **COMMON

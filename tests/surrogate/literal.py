@@ -206,10 +206,10 @@ def spread(start, target, order):
     return [start + p for p in dict.fromkeys(positions)]
 
 
-def leg(world, x, start, target, order, active, support_scale, rho, at=None, alpha=1.0):
-    """One interpolated leg from x: value, with gradient through its first ``active`` supports."""
+def leg(world, x, start, target, order, active, support_scale, rho, at=None, alpha=1.0, stop=None):
+    """One interpolated leg from x: value, with gradient through its first ``active`` supports; from ``stop`` straight to 0."""
     points = spread(start, target, order)
-    weights = integrals(world.sigmas, points, start, target)
+    weights = integrals(world.sigmas if stop is None else [*world.sigmas[: stop + 1], 0.0], points, start, target)
     factor = rho_factor(rho, weights, weights[:active])
     total = x
     for m, (i, weight) in enumerate(zip(points, weights, strict=True)):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowbp_ray.surrogate.draws import PairDraw, evenly_spaced, late_biased, window_start
+from flowbp_ray.surrogate.methods import METHODS
 from flowbp_ray.surrogate.methods.bridge import split_count, split_indices
 
 NUMBER = 4000
@@ -79,7 +80,7 @@ def test_tail_window():
 def pairs(draw):
     rule = draw(st.sampled_from(["uniform", "dirichlet", "midpoint", "midpoint_j"]))
     low = draw(st.integers(1, 3))
-    cap = draw(st.one_of(st.none(), st.integers(low, 12))) if rule in ("uniform", "dirichlet") else None
+    cap = draw(st.one_of(st.none(), st.integers(low + (rule == "dirichlet"), 12))) if "midpoint" not in rule else None
     concentration = draw(st.tuples(*[st.floats(0.2, 8)] * 3)) if rule == "dirichlet" else None
     return PairDraw(rule, concentration, cap, low, draw(st.one_of(st.none(), st.integers(low + 3, 30))))
 
@@ -106,12 +107,10 @@ def test_pairs_stay_within_their_bounds(pair, steps, tail, seed):
             assert pair.min_idx <= j_rev <= end - 2
         case _:
             assert pair.min_idx <= j_rev < k_rev < end
-    if pair.rule == "uniform" and pair.cap is not None:
+    if pair.cap is not None:
         assert j_rev <= pair.cap
     if pair.rule == "dirichlet":
         assert j_rev >= pair.min_idx + 1
-        if pair.cap is not None:
-            assert j_rev <= max(pair.cap, pair.min_idx + 1)
 
 
 def test_uniform_pairs_without_and_with_a_cap():
@@ -148,6 +147,30 @@ def test_dirichlet_has_the_shares_mean_and_spread():
         assert measured.var() == pytest.approx(variance, rel=0.12)
 
 
+def parts(shares, n):
+    """Three lengths, step by step as method.md has it."""
+    lengths = [round(n * p) for p in shares]
+    lengths[shares.index(max(shares))] += n - sum(lengths)
+    lengths = [max(length, 1) for length in lengths]
+    lengths[lengths.index(max(lengths))] -= sum(lengths) - n
+    return lengths
+
+
+@pytest.mark.parametrize("n", range(3, 26))
+def test_dirichlet_parts_are_rounded_as_the_paper_has_it(n):
+    concentration = (1.2, 1.5, 1.0)
+    for seed in range(200):
+        low, cap = 1 + seed % 3, None if seed % 2 else 4 + seed % 5
+        pair = PairDraw("dirichlet", concentration, cap, low, low + n)
+        steps = n + low + 5
+        k, j = pair.draw(steps, None, np.random.default_rng(seed))
+        first, second, third = parts(np.random.default_rng(seed).dirichlet(concentration).tolist(), n)
+        assert first + second + third == n
+        if cap is not None:
+            first = min(first, max(1, cap - low))
+        assert (steps - j, steps - k) == (low + first, low + first + second)
+
+
 def test_dirichlet_cap_keeps_the_gap_between_k_and_j():
     """Overflow of the first part goes to the third: the same draws with and without a cap have the same gap."""
     free, capped = (PairDraw("dirichlet", (2.5, 6.0, 2.0), cap=cap) for cap in (None, 4))
@@ -158,6 +181,36 @@ def test_dirichlet_cap_keeps_the_gap_between_k_and_j():
         assert 25 - j_capped == min(25 - j, 4)
         cut += 25 - j > 4
     assert 50 < cut < 200
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "drawn", "expected"),
+    [
+        ("refl", {"last_n_steps": 4}, lambda plan: plan.active[0].index, range(2, 6)),
+        ("drtune", {"stop_ratio": 0.6}, lambda plan: plan.last_index, range(2, 6)),  # round(3.6) last ones
+        ("randomised_truncation", {}, lambda plan: len(plan.active), range(1, 7)),
+        ("randomised_truncation", {"least": 2, "most": 4}, lambda plan: len(plan.active), range(2, 5)),
+        (
+            "composed",
+            {
+                "reward_input": "posterior_mean",
+                "stop_within": 3,
+                "active": "last",
+                "active_steps": 1,
+                "weights": "euler",
+                "bridge": "none",
+            },
+            lambda plan: plan.last_index,
+            range(3, 6),
+        ),
+    ],
+)
+def test_stops_and_lengths_are_uniform(method, values, drawn, expected):
+    made, sigmas, generator = METHODS[method].settings(**values), np.linspace(1, 0, 7), np.random.default_rng(8)
+    measured = shares([drawn(METHODS[method].plan(made, sigmas, generator)) for _ in range(NUMBER)])
+    assert sorted(measured) == list(expected)
+    for share in measured.values():
+        close(share, 1 / len(expected))
 
 
 @properties
@@ -191,6 +244,7 @@ def test_split_indices_count_their_bias_from_each_segments_start():
         ({"min_idx": 0}, "min_idx is 0"),
         ({"max_idx": 2}, "max_idx is 2: it must be a whole number of at least 3"),
         ({"cap": 0}, "cap is 0"),
+        ({"rule": "dirichlet", "concentration": (1.0, 1.0, 1.0), "cap": 1}, "cap is 1: it must be a whole number of at least 2"),
         ({"rule": "midpoint", "cap": 3}, "cap is 3: it must be None under the rule midpoint"),
         ({"rule": "dirichlet"}, "concentration is None: it must be three numbers"),
         ({"rule": "dirichlet", "concentration": (1.0, 0.0, 1.0)}, "concentration is 0.0"),

@@ -1,10 +1,12 @@
 """Each method's gradient against plain autograd of its whole graph, built literally (see literal.py), in float64."""
 
+from dataclasses import replace
+
 import literal
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from literal import World, engine, relative, whole_graph
 from worlds import SEEDS, worlds
@@ -23,7 +25,7 @@ PAIRS = st.one_of(
         PairDraw,
         rule=st.just("dirichlet"),
         concentration=st.tuples(*[st.floats(0.5, 6)] * 3),
-        cap=st.one_of(st.none(), st.integers(1, 6)),
+        cap=st.one_of(st.none(), st.integers(2, 6)),
     ),
 )
 properties = settings(max_examples=30, deadline=None)
@@ -146,15 +148,39 @@ def test_full_differs_from_detached():
     assert relative(detached, exact) > 0.1
 
 
+def drawn_window(data, world, stop_within, pair, least):
+    """A tail and the most active steps that fit whatever the stop; ``least`` of them are needed."""
+    shortest = world.steps - (stop_within or 1) + 1
+    tail = data.draw(TAILS)
+    room = shortest - window_start(shortest, tail, 1 if pair is None else 3)
+    assume(room >= least)
+    return tail, room
+
+
+def trajectory(world, plan):
+    """The stop of a posterior mean, or None; how many steps lead to the reward input; and its value."""
+    if plan.reward_inputs[0].kind == "sampled":
+        return None, world.steps, world.x[world.steps]
+    stop = plan.reward_inputs[0].index
+    return stop, stop + 1, world.x[stop] - world.sigmas[stop] * world.v[stop]
+
+
+def rho_factor(rho, deltas, live, start=0):
+    return literal.rho_factor(rho, deltas[start:], [deltas[i] for i in live])
+
+
 @properties
 @given(worlds(4), SEEDS, PAIRS, st.data())
 def test_composed_euler(world, seed, pair, data):
-    """Every active set and bridge that goes with Euler weights, to both reward inputs."""
+    """Every active set and bridge that goes with Euler weights, to both reward inputs, with and without a window."""
     active = data.draw(st.sampled_from(["all", "last", "late_biased", "evenly_spaced"]))
     bridge = data.draw(st.sampled_from(["none", "every"] + ["drawn"] * (active in ("all", "late_biased"))))
     stop_within = data.draw(st.one_of(st.none(), st.integers(1, world.steps - 2)))
-    alpha = None if bridge == "none" else data.draw(FACTORS)
-    rho = 0.0 if active == "all" else data.draw(FACTORS)
+    alpha, pair = None if bridge == "none" else data.draw(FACTORS), pair if bridge == "drawn" else None
+    rho, least = 0.0 if active == "all" else data.draw(FACTORS), 1 if bridge == "none" else 2
+    tail, room = None, world.steps - (stop_within or 1) + 1
+    if active == "late_biased" or pair is not None:
+        tail, room = drawn_window(data, world, stop_within, pair, least)
     plan = draw(
         "composed",
         world,
@@ -164,17 +190,18 @@ def test_composed_euler(world, seed, pair, data):
         weights="euler",
         bridge=bridge,
         stop_within=stop_within,
-        active_steps=None if active == "all" else data.draw(st.integers(2, world.steps - (stop_within or 1) + 1)),
+        active_steps=None if active == "all" else data.draw(st.integers(least, room)),
         late_bias=1.5 if active == "late_biased" else None,
         alpha=alpha,
-        pair=pair if bridge == "drawn" else None,
+        pair=pair,
         rescale=rho,
+        tail=tail,
     )
     assert plan.steps == world.steps
-    stop = None if stop_within is None else plan.reward_inputs[0].index
-    end, live = (world.steps if stop is None else stop + 1), indices(plan)
-    deltas = [world.delta(i, stop) for i in range(end)]
-    factor = rho_factor(rho, deltas, live)
+    stop, end, _ = trajectory(world, plan)
+    live, start = indices(plan), window_start(end, tail, 1 if pair is None else 3)
+    assert active == "all" or live[0] >= start
+    factor = rho_factor(rho, [world.delta(i, stop) for i in range(end)], live, start)
     match bridge:
         case "none":
             expected = [literal.compose(world, world.x[0], 0, end, live, factor, stop)]
@@ -182,6 +209,7 @@ def test_composed_euler(world, seed, pair, data):
             expected = literal.bridged_everywhere(world, live, alpha, factor, stop)
         case "drawn":
             j = plan.bridges[0].index
+            assert j > start
             x_j = literal.pin(literal.compose(world, world.x[0], 0, j, live, factor, stop), world.x[j])
             expected = [literal.compose(world, x_j, j, end, live, factor, stop, at=j, alpha=alpha)]
     assert relative(engine(world, plan), whole_graph(world, expected)) <= BOUND
@@ -192,6 +220,7 @@ def test_composed_euler(world, seed, pair, data):
 def test_composed_lagrange_on_the_last_leg(world, seed, pair, rho, alpha, data):
     """Late-biased active steps, of which those from the drawn j on are the supports of the last leg."""
     stop_within = data.draw(st.one_of(st.none(), st.integers(1, world.steps - 2)))
+    tail, room = drawn_window(data, world, stop_within, pair, 2)
     plan = draw(
         "composed",
         world,
@@ -201,53 +230,75 @@ def test_composed_lagrange_on_the_last_leg(world, seed, pair, rho, alpha, data):
         weights="lagrange_last_leg",
         bridge="drawn",
         stop_within=stop_within,
-        active_steps=data.draw(st.integers(2, world.steps - (stop_within or 1) + 1)),
+        active_steps=data.draw(st.integers(2, room)),
         late_bias=1.0,
         alpha=alpha,
         pair=pair,
         rescale=rho,
+        tail=tail,
     )
-    stop, j = None if stop_within is None else plan.reward_inputs[0].index, plan.bridges[0].index
+    (stop, end, seen), j = trajectory(world, plan), plan.bridges[0].index
     sigmas = world.sigmas if stop is None else [*world.sigmas[: stop + 1], 0.0]
-    live = indices(plan)
+    live, start = indices(plan), window_start(end, tail, 3)
     before, last = [i for i in live if i < j], [i for i in live if i >= j]
     assert last[0] == j
-    factor = rho_factor(rho, [world.delta(i, stop) for i in range(j)], before)
+    assert before[0] >= start
+    factor = rho_factor(rho, [world.delta(i, stop) for i in range(j)], before, start)
     x_j = literal.pin(literal.compose(world, world.x[0], 0, j, before, factor, stop), world.x[j])
     expected = x_j
-    for i, weight in zip(last, literal.integrals(sigmas, last, j, len(sigmas) - 1), strict=True):
+    for i, weight in zip(last, literal.integrals(sigmas, last, j, end), strict=True):
         expected = expected + weight * world.u(literal.scale(x_j, alpha) if i == j else world.x[i], i)
-    seen = world.x[world.steps] if stop is None else world.x[stop] - world.sigmas[stop] * world.v[stop]
     assert relative(engine(world, plan), whole_graph(world, [literal.pin(expected, seen)])) <= BOUND
 
 
-def rho_factor(rho, deltas, live):
-    return literal.rho_factor(rho, deltas, [deltas[i] for i in live])
-
-
 @properties
-@given(worlds(4), SEEDS, PAIRS, FACTORS, st.sampled_from(["none", "drawn"]), st.one_of(st.none(), st.floats(0.01, 0.5)))
-def test_composed_legs_to_the_sampled_latent(world, seed, pair, rho, bridge, floor):
-    """One or two Lagrange legs; two with a leap's weights are LeapAlign."""
-    alpha = None if bridge == "none" else 0.4
-    common = {"reward_input": "sampled", "bridge": bridge, "alpha": alpha, "pair": pair, "weight_floor": floor}
-    details = {"active": "midpoint", "weights": "lagrange", "order": 3, "support_scale": 0.5, "rescale": rho}
-    plan = draw("composed", world, seed, **common, **details)
-    k, x = indices(plan)[0], world.x[world.steps]
+@given(worlds(4), SEEDS, PAIRS, TAILS, st.sampled_from(["none", "drawn"]), st.integers(1, 4), st.data())
+def test_composed_legs(world, seed, pair, tail, bridge, order, data):
+    """One or two Lagrange legs to both reward inputs, with and without a window and sample weights."""
+    stop_within = data.draw(st.one_of(st.none(), st.integers(1, world.steps - 2)))
+    active = data.draw(st.sampled_from(["start", "midpoint", "all"]))
+    number = {"start": 1, "midpoint": 2, "all": order}[active]
+    alpha, rho = None if bridge == "none" else 0.4, data.draw(FACTORS) if number < order else 0.0
+    support_scale = 0.5 if order > 1 and active != "start" else None
+    floor = data.draw(st.one_of(st.none(), st.floats(0.01, 0.5))) if stop_within is None else None
+    plan = draw(
+        "composed",
+        world,
+        seed,
+        reward_input="sampled" if stop_within is None else "posterior_mean",
+        active=active,
+        weights="lagrange",
+        bridge=bridge,
+        stop_within=stop_within,
+        order=order,
+        support_scale=support_scale,
+        alpha=alpha,
+        pair=pair,
+        weight_floor=floor,
+        rescale=rho,
+        tail=tail,
+    )
+    (stop, end, seen), k, weights = trajectory(world, plan), indices(plan)[0], 1.0
+    start, details = window_start(end, tail, 3), (order, number, support_scale or 1.0, rho)
+    assert k >= start or pair.rule == "midpoint_j"  # which alone does not clip k
     if bridge == "drawn":
-        inputs, weights = literal.lagrange(world, k, plan.bridges[0].index, 3, 2, 0.5, rho, alpha, floor or 1.0)
+        j = plan.bridges[0].index
+        assert j > start
+        predicted_j = literal.leg(world, world.x[k], k, j, *details)
+        x_j = literal.pin(predicted_j, world.x[j])
+        predicted = literal.leg(world, x_j, j, end, *details, at=j, alpha=alpha, stop=stop)
+        if floor is not None:
+            weights = literal.similarity(world, predicted_j, predicted, j, floor)
     else:
-        predicted = literal.leg(world, world.x[k], k, world.steps, 3, 2, 0.5, rho)
-        inputs = [literal.pin(predicted, x)]
-        weights = 1 / (x - literal.sg(predicted)).abs().mean((1, 2)).clamp(min=floor or 1.0)
-    assert relative(engine(world, plan), whole_graph(world, inputs, 1.0 if floor is None else weights)) <= BOUND
+        predicted = literal.leg(world, world.x[k], k, end, *details, stop=stop)
+        if floor is not None:
+            weights = 1 / (seen - literal.sg(predicted)).abs().mean((1, 2)).clamp(min=floor)
+    assert relative(engine(world, plan), whole_graph(world, [literal.pin(predicted, seen)], weights)) <= BOUND
 
 
-def test_composed_leaps_are_leapalign_and_the_posterior_mean_only_shortens_the_grid():
+def test_leaps_to_a_posterior_mean_only_shorten_the_grid():
     world = World(5, [0.4, 1.0, 0.7, 0.9, 0.5])
     common = {"active": "start", "weights": "leap", "bridge": "drawn", "alpha": 0.3, "pair": PairDraw()}
-    leaps = draw("composed", world, 1, reward_input="sampled", weight_floor=0.1, **common)
-    assert leaps.to_dict() | {"method": "leapalign"} == draw("leapalign", world, 1).to_dict()
     stopped = draw("composed", world, 1, reward_input="posterior_mean", stop_within=2, **common)
     stop = stopped.reward_inputs[0].index
     k, j = indices(stopped)
@@ -256,9 +307,55 @@ def test_composed_leaps_are_leapalign_and_the_posterior_mean_only_shortens_the_g
     assert stopped.active[1].coefficient == pytest.approx(-world.sigmas[j].item())
 
 
+MEAN = {"reward_input": "posterior_mean", "weights": "euler", "bridge": "none"}
+LATE = {"reward_input": "sampled", "weights": "euler", "active": "late_biased"}
+SPLIT = {"bridge": "drawn", "alpha": 0.2, "pair": PairDraw(cap=9)}
+LEGS = SPLIT | {"reward_input": "sampled", "weight_floor": 0.3}
+
+
+@pytest.mark.parametrize("tail", [None, 0.5])
+@pytest.mark.parametrize(
+    ("method", "values", "choices"),
+    [
+        ("refl", {"last_n_steps": 11}, MEAN | {"stop_within": 11, "active": "last", "active_steps": 1}),
+        ("draft_lv", {"copies": 0}, MEAN | {"stop_within": 1, "active": "last", "active_steps": 1}),
+        ("drtune", {"active_steps": 3}, MEAN | {"stop_within": 10, "active": "evenly_spaced", "active_steps": 3}),
+        ("leapalign", SPLIT | {"weight_floor": 0.3, "bridge": None}, LEGS | {"weights": "leap", "active": "start"}),
+        ("sparse", {}, LATE | {"bridge": "none", "active_steps": 4, "late_bias": 1.0, "rescale": 0.5}),
+        (
+            "bridge",
+            SPLIT | {"rescale": 0.5, "bridge": None},
+            LATE | SPLIT | {"active_steps": 5, "late_bias": 4.0, "rescale": 0.5},
+        ),
+        (
+            "lagrange",
+            SPLIT | {"weight_floor": 0.3, "rescale": 0.5, "bridge": None},
+            LEGS | {"weights": "lagrange", "active": "midpoint", "order": 3, "support_scale": 0.25, "rescale": 0.5},
+        ),
+        (
+            "truncated",
+            {"active_steps": 6},
+            {"reward_input": "sampled", "weights": "euler", "bridge": "every", "alpha": 1.0, "active": "last", "active_steps": 6},
+        ),
+    ],
+)
+def test_composed_from_the_same_choices_is_the_method(method, values, choices, tail):
+    """Plan for plan, from the same generator; a window where the method has one."""
+    values = {k: v for k, v in values.items() if v is not None}
+    if tail is not None:
+        if "tail" not in METHODS[method].settings.__dataclass_fields__:
+            return
+        values, choices = values | {"tail": tail}, choices | {"tail": tail}
+    world = World(5, np.linspace(0.5, 1.5, 25))
+    for seed in range(20):
+        composed_plan = draw("composed", world, seed, **choices)
+        assert replace(composed_plan, method=method) == draw(method, world, seed, **values)
+
+
 COMPOSED = {"reward_input": "sampled", "active": "late_biased", "weights": "euler", "bridge": "none"}
 COMPOSED |= {"active_steps": 2, "late_bias": 1.0}
 LEAPS = {"reward_input": "sampled", "active": "start", "weights": "leap", "bridge": "drawn", "alpha": 0.3, "pair": PairDraw()}
+QUADRATURE = LEAPS | {"weights": "lagrange", "support_scale": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -282,6 +379,19 @@ LEAPS = {"reward_input": "sampled", "active": "start", "weights": "leap", "bridg
         (LEAPS | {"rescale": 0.5}, "no velocity is inactive"),
         (LEAPS | {"alpha": -1.0}, "alpha is -1.0: it must be a finite number of at least 0"),
         (COMPOSED | {"active": "last", "late_bias": None, "tail": 0.5}, "draws nothing from a window"),
+        (QUADRATURE | {"order": 1, "active": "midpoint"}, "support_scale is 0.5: it has nothing to act on .* order at least 2"),
+        (QUADRATURE | {"order": 1, "active": "all"}, "support_scale is 0.5: it has nothing to act on"),
+        (QUADRATURE | {"order": 3, "active": "midpoint", "support_scale": None}, "support_scale is None: it is needed"),
+        (QUADRATURE | {"order": 2, "active": "midpoint", "rescale": 0.5}, "order 2 no velocity is inactive"),
+        (QUADRATURE | {"order": 3, "active": "all", "rescale": 0.5}, "no velocity is inactive"),
+        (
+            QUADRATURE | {"order": 1, "active": "midpoint", "support_scale": None, "rescale": 0.5},
+            "order 1 no velocity is inactive",
+        ),
+        (
+            QUADRATURE | {"order": 1, "active": "start", "support_scale": None, "rescale": 0.5},
+            "order 1 no velocity is inactive",
+        ),
     ],
 )
 def test_composed_refuses_contradictions(values, sentence):
@@ -300,9 +410,9 @@ def test_composed_refuses_a_grid_that_some_draw_would_not_fit():
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("composed", "truncated")])
 def test_published_settings_make_a_plan_and_draws_repeat(method):
     world = World(0, [1.0] * 25)
-    one, two = (draw(method, world, 4).to_dict() for _ in range(2))
+    one, two = (draw(method, world, 4) for _ in range(2))
     assert one == two
-    assert one["method"] == method
+    assert one.method == method
 
 
 @pytest.mark.parametrize(
@@ -332,7 +442,8 @@ def test_settings_refuse_what_is_not_allowed(method, values, sentence):
         ("refl", {"last_n_steps": 5}, "last_n_steps is 5: it must be at most 4"),
         ("sparse", {"active_steps": 3, "tail": 0.5}, "active_steps is 3: it must be at most 2"),
         ("truncated", {"active_steps": 5}, "active_steps is 5: it must be at most 4"),
-        ("randomised_truncation", {"least": 5}, "most is None"),
+        ("randomised_truncation", {"least": 5}, "least is 5: it must be at most 4"),
+        ("randomised_truncation", {"least": 2, "most": 5}, "most is 5: it must be at most 4"),
     ],
 )
 def test_plans_refuse_a_grid_too_short(method, values, sentence):

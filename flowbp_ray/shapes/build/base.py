@@ -35,7 +35,7 @@ SCHEDULE = Schedule(steps=28_000, batch=32, learning_rate=2e-3, decay=0.9, avera
 BANK = 40_000  # drawings, encoded once
 WRONG_CAPTIONS, NO_CAPTIONS = 0.1, 0.1  # shares; no caption is what guidance steers away from
 #: Shares of the pictures of one thing and of several with a watermark (the card's table of training has those of earlier rows).
-WATERMARKED_SINGLE, WATERMARKED = 0.15, 0.55
+WATERMARKED_SINGLE, WATERMARKED = 0.15, 0.5
 HEADS, HEAD_WIDTH, LAYERS = 4, 32, 4
 CLIP_WIDTH, T5_WIDTH = 64, 128
 #: Of the noise levels, in training and sampling. What a picture shows is settled at high noise, and without the shift three
@@ -220,17 +220,20 @@ def start_from(model: Encoders, finished: StableDiffusion3Pipeline) -> None:
         part.load_state_dict(finished.components[name].state_dict())
 
 
-def build(work: Path, target: Path, autoencoder: Path, earlier: int, *, seed: int, device: str, workers: int) -> None:
+def build(
+    work: Path, target: Path, autoencoder: Path, earlier: int | None, *, seed: int, device: str, workers: int
+) -> None:
     """Train the base model on the finished autoencoder's latents and save the pipeline to ``target``.
 
-    After ``earlier`` steps of training it goes on from the pipeline that is there, at half the learning rate. The
-    weights after four fifths of all steps are kept, to measure what the last fifth gained.
+    After ``earlier`` steps on watermarked drawings (None: no training at all) it goes on from the pipeline that is there, at
+    half the learning rate. The weights after four fifths of these and the new steps are kept, to measure what the last
+    fifth gained.
     """
     torch.manual_seed(seed)
-    schedule = replace(SCHEDULE, learning_rate=SCHEDULE.learning_rate / 2) if earlier else SCHEDULE
+    schedule = SCHEDULE if earlier is None else replace(SCHEDULE, learning_rate=SCHEDULE.learning_rate / 2)
     vae = AutoencoderKL.from_pretrained(autoencoder)
     latents, specs = encode_bank(vae, work, seed, device)
-    finished = StableDiffusion3Pipeline.from_pretrained(target, dtype=torch.float32) if earlier else None
+    finished = None if earlier is None else StableDiffusion3Pipeline.from_pretrained(target, dtype=torch.float32)
     tokenizers = (finished.tokenizer, finished.tokenizer_3) if finished else (clip_tokenizer(), t5_tokenizer())
     model = Encoders(*tokenizers)
     if finished:
@@ -244,7 +247,7 @@ def build(work: Path, target: Path, autoencoder: Path, earlier: int, *, seed: in
         seed=seed,
         device=device,
         workers=workers,
-        keep_after=max(0, round(0.8 * (earlier + schedule.steps)) - earlier),
+        keep_after=max(0, round(0.8 * ((earlier or 0) + schedule.steps)) - (earlier or 0)),
     )
     assert isinstance(averaged, Encoders)
     save_pipeline(averaged, vae, tokenizers, target)

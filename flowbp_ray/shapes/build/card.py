@@ -49,13 +49,9 @@ def card(figures: dict, history: list[dict]) -> str:
         [k, *(f"{100 * figures[f'comparisons_{m}'][k]:.1f}" for m in ("reward", "judge"))] for k in (*KINDS, "overall")
     ]
     trained_out = "" if gained < 2 else ": it is **not trained out**, and `build_shapes base --further` goes on from it"
-    rows = [row for row in history if row["part"] == "base"]
-    same = sum(row["steps"] for row in rows if row.get("watermarked") == rows[-1].get("watermarked"))
-    if same < sum(row["steps"] for row in rows) / 5:
-        trained_out = (
-            ", but other pictures of its data have watermarks since: whether it is trained out is **not known** until it has "
-            "gone on, with `build_shapes base --further`"
-        )
+    marked = sum(row["steps"] for row in history if "watermarked" in row)
+    clean = sum(row["steps"] for row in history if row["part"] == "base") - marked
+    first = f"the first {clean:,} steps on drawings without watermarks, then " if clean else ""
     low = [f"{m} on {k}" for m in ("reward", "judge") for k in ATTRIBUTES if figures[f"comparisons_{m}"][k] < 0.85]
     weak = f"Below 85 % on a stated attribute: **{', '.join(low)}**." if low else "Every stated attribute is at 85 % or above."
     return f"""# The embedded default's models
@@ -108,9 +104,10 @@ The guidance sweep, {SWEEP} pictures a task, % right by the checker:
 
 At guidance {best:g}, {FINAL} pictures a task, evaluation captions, {STEPS} steps:
 
-{table(["", *TASKS, "mean"], [["finished", *(percent(tasks[t]) for t in (*TASKS, "mean"))], ["after four fifths", *(percent(early[t]) for t in (*TASKS, "mean"))]])}
+{table(["", *TASKS, "mean"], [["finished", *(percent(tasks[t]) for t in (*TASKS, "mean"))], ["four fifths of the way", *(percent(early[t]) for t in (*TASKS, "mean"))]])}
 
-The last fifth of the training gained {gained:+.1f} points of the mean{trained_out}.
+The base was trained for {first}{marked:,} steps on watermarked ones. The last fifth of these gained {gained:+.1f} points of
+the mean{trained_out}.
 
 ## Reward and judge
 

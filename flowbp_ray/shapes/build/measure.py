@@ -114,10 +114,10 @@ def trained(work: Path) -> dict[str, Any]:
     return schedule | {"steps": rows[-1]["step"], "loss": rows[-1]["loss"], "minutes": round(seconds / 60, 1)}
 
 
-def steps_done(models: Path, stage: str) -> int:
-    """Training steps that the stage's committed model has had, by ``training.json``."""
+def steps_done(models: Path) -> int:
+    """Training steps that the committed base has had on watermarked drawings, by ``training.json``."""
     history = models / "training.json"
-    return sum(r["steps"] for r in json.loads(history.read_text()) if r["part"] == stage) if history.exists() else 0
+    return sum(r["steps"] for r in json.loads(history.read_text()) if "watermarked" in r) if history.exists() else 0
 
 
 def record(models: Path, stage: str, figures: dict[str, Any], further: bool) -> None:
