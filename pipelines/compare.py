@@ -53,7 +53,7 @@ def cell(file: Path, overrides: list[str], seed: int) -> AlignConfig:
 
 def check_budgets(configs: dict[str, AlignConfig]) -> None:
     """ConfigError where the methods would not be compared on equal terms."""
-    from flowbp_ray.backbones.sd3 import shifted_grid
+    from flowbp_ray.backbones.backbone import shifted_grid
     from flowbp_ray.rollouts.plans import plan_of
     from flowbp_ray.tracking.run import flattened
 
@@ -111,7 +111,8 @@ def main() -> None:
 
 def compare(planned: dict[tuple[str, int], AlignConfig], folder: Path, seeds: int) -> None:
     """Run what is missing in ``folder`` on one cluster, and write and log table, chart and pictures."""
-    from flowbp_ray.backbones.sd3 import SD3Backbone
+    from flowbp_ray import backbones
+    from flowbp_ray.rollouts.plans import grid_of
     from pipelines.alignment import cluster
 
     first = next(iter(planned.values()))
@@ -122,7 +123,7 @@ def compare(planned: dict[tuple[str, int], AlignConfig], folder: Path, seeds: in
     missing = [key for key, measured in done.items() if measured is None]
     print(f"{len(order) - len(missing)} of {len(order)} cells are there, in {folder}")
     if missing:
-        sigmas = SD3Backbone.from_pretrained(first.model.source, revision=first.model.revision).grid(first.sampling.steps)
+        sigmas = grid_of(first, backbones.load(first.model.source, revision=first.model.revision))
         with cluster(first):
             for number, key in enumerate(missing, 1):
                 print(f"\ncell {number} of {len(missing)}: {key[0]}, seed {key[1]}")

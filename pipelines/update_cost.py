@@ -89,12 +89,15 @@ class Update:
     def __init__(self, config: AlignConfig, steps: int, samples: int) -> None:
         import torch
 
-        from flowbp_ray.training.adapter import adapted
+        from flowbp_ray.training.adapter import adapted, guidance_of
 
         self.backbone = adapted(config, "cpu")
         self.text = self.backbone.encode(["a red ring above a cross"] * samples)
         self.negative = self.backbone.encode([""])
-        self.sigmas, self.scale = self.backbone.grid(steps), config.sampling.guidance_scale
+        sampling = config.sampling
+        self.sigmas = self.backbone.grid(steps, sampling.height, sampling.width)
+        self.guidance = guidance_of(sampling.guidance_scale, config.surrogate, self.backbone)
+        self.scale = sampling.guidance_scale
         generators = [torch.Generator().manual_seed(i) for i in range(samples)]
         self.latents = self.backbone.initial_latents(generators, config.sampling.height, config.sampling.width)
 
@@ -111,7 +114,6 @@ class Update:
         """As a train worker does it."""
         import torch
 
-        from flowbp_ray.surrogate.backward import Guidance
         from flowbp_ray.training.update import accumulate
 
         accumulate(
@@ -123,7 +125,8 @@ class Update:
             torch.ones(len(self.latents)),
             self.text,
             self.negative,
-            guidance=Guidance(self.scale),
+            guidance=self.guidance,
+            guidance_scale=self.scale,
             batch=len(self.latents),
         )
 

@@ -8,11 +8,11 @@ from typing import TypedDict
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from ray import serve
 from torch import Tensor
 
-from flowbp_ray.backbones.sd3 import DTYPES, decode
+from flowbp_ray.backbones import family_of
+from flowbp_ray.backbones.backbone import DTYPES
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.pictures import to_uint8
 from flowbp_ray.rewards.clip import CLIPScore
@@ -40,7 +40,8 @@ class Rewards:
     def __init__(self, config: AlignConfig) -> None:
         torch.set_num_threads(config.cluster.threads)
         device = "cuda" if config.cluster.reward_gpus else "cpu"
-        self.vae = AutoencoderKL.from_pretrained(
+        self.family = family_of(config.model.source, config.model.revision)
+        self.vae = self.family.vae_class.from_pretrained(
             config.model.source, subfolder="vae", revision=config.model.revision, torch_dtype=DTYPES[config.model.dtype]
         )
         self.vae.requires_grad_(False).eval().to(device)
@@ -52,7 +53,7 @@ class Rewards:
         ValueError for a shape that the decoder does not take; DeadRewardError, naming the component and the prompts, where
         a score or the gradient is not finite.
         """
-        answer = objective(self._checked(latents, prompts), prompts, lambda x: decode(self.vae, x), self.components)
+        answer = objective(self._checked(latents, prompts), prompts, self._decode, self.components)
         return {
             "components": {name: values.cpu().numpy() for name, values in answer.components.items()},
             "objective": answer.objective.cpu().numpy(),
@@ -62,12 +63,15 @@ class Rewards:
     @torch.no_grad()
     def look(self, latents: np.ndarray, prompts: list[str]) -> Seen:
         """Decode ``latents (B, C, h, w)`` to pictures and score these, without gradient: for evaluation. Errors as `score`'s."""
-        pictures = decode(self.vae, self._checked(latents, prompts))
+        pictures = self._decode(self._checked(latents, prompts))
         scores = {c.name: scored(c, pictures, prompts).cpu().numpy() for c in self.components}
         return {"components": scores, "pictures": to_uint8(pictures)}
 
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.family.decode_latents(self.vae, latents)
+
     def _checked(self, latents: np.ndarray, prompts: list[str]) -> Tensor:
-        channels = self.vae.config.latent_channels
+        channels = self.family.latent_channels(self.vae)
         if latents.ndim != 4 or latents.shape[:2] != (len(prompts), channels):
             raise ValueError(f"latents are {latents.shape}, but {len(prompts)} prompts need ({len(prompts)}, {channels}, h, w)")
         # Ray hands out read-only arrays that lie in its store.

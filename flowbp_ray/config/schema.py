@@ -53,6 +53,8 @@ class Sampling(Section):
     """Sampler steps T, velocity evaluations per picture."""
     guidance_scale: NonNegativeFloat = 3.0
     """Weight of classifier-free guidance; at 1 and below there is none."""
+    grid: Literal["training", "stock"] = "training"
+    """Noise levels: linspace(1, 1/steps), shifted once as the models were aligned, or what the stock pipeline takes by itself."""
     height: Pixels = 64
     """Pixels."""
     width: Pixels = 64

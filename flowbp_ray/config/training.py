@@ -47,6 +47,9 @@ class Train(Section):
     """AdamW's, per unit of learning rate."""
     max_grad_norm: PositiveFloat = 1.0
     """A longer gradient is cut to this norm."""
+    max_sample_grad_norm: PositiveFloat | None = None
+    """A sample's objective gradient at its reward input that is longer is cut to this norm, so that no sample decides a step
+    alone; null cuts none."""
     ema: Decay = 0.995
     """Decay per step of the averaged weights; 0 makes them the raw ones."""
     policy_lag: Literal[0, 1] = 0

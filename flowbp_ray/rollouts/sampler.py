@@ -10,7 +10,7 @@ from torch import Tensor
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.randomness import prompt_indices, seed_of
 from flowbp_ray.rollouts.batches import Block, MicroBatch, Policy
-from flowbp_ray.rollouts.plans import plan_of
+from flowbp_ray.rollouts.plans import grid_of, plan_of
 from flowbp_ray.rollouts.rollout import roll_out
 from flowbp_ray.surrogate.inputs import noised_copies, reward_inputs, sample_weights
 from flowbp_ray.training.adapter import adapted, checksum, merge, plain_weights, read, write
@@ -25,7 +25,7 @@ class Sampler:
         self.backbone = adapted(config, "cuda" if config.cluster.sampler_gpus else "cpu")
         self.plain = plain_weights(self.backbone.transformer)
         self.negative = self.backbone.encode([""])
-        self.sigmas = self.backbone.grid(config.sampling.steps).to(self.backbone.device)
+        self.sigmas = grid_of(config, self.backbone)
         self.version = -1
 
     def __call__(self, block: Block) -> Block:

@@ -72,13 +72,14 @@ class Painter:
     def __init__(self, config: AlignConfig, exported: bytes | None) -> None:
         import torch
 
-        from flowbp_ray.backbones.sd3 import DTYPES, SD3Backbone
+        from flowbp_ray import backbones
+        from flowbp_ray.backbones.backbone import DTYPES
         from flowbp_ray.training.adapter import EXPORT_FILE, load_export, merge, plain_weights
 
         torch.set_num_threads(config.cluster.threads)
         device = "cuda" if config.cluster.sampler_gpus else "cpu"
         model, self.sampling = config.model, config.sampling
-        self.backbone = SD3Backbone.from_pretrained(model.source, DTYPES[model.dtype], device, model.revision)
+        self.backbone = backbones.load(model.source, DTYPES[model.dtype], device, model.revision)
         if exported is not None:
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / EXPORT_FILE).write_bytes(exported)
@@ -94,6 +95,7 @@ class Painter:
             guidance_scale=self.sampling.guidance_scale,
             height=self.sampling.height,
             width=self.sampling.width,
+            kind=self.sampling.grid,
         )
         return block | {"latents": latents.cpu().numpy()}
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -20,9 +19,12 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from flowbp_ray.backbones.sd3 import DTYPES, SD3Backbone, lora_targets
+from flowbp_ray import backbones
+from flowbp_ray.backbones.backbone import DTYPES, Backbone
 from flowbp_ray.config import AlignConfig
+from flowbp_ray.config.surrogates import Surrogate
 from flowbp_ray.randomness import seed_of
+from flowbp_ray.surrogate.backward import Guidance
 
 State = dict[str, Tensor]
 EXPORT_FILE, NOTE_FILE = "pytorch_lora_weights.safetensors", "adapter.json"
@@ -44,16 +46,17 @@ def matching(transformer: nn.Module, targets: Sequence[str]) -> list[str]:
     return sorted(bound)
 
 
-def adapted(config: AlignConfig, device: str) -> SD3Backbone:
+def adapted(config: AlignConfig, device: str) -> Backbone:
     """The model of a configuration with its trainable adapter: fresh, or the one to start from (with the configured alpha).
 
     Errors as `check_start` and `load_export` have them.
     """
     check_start(config)
-    backbone = SD3Backbone.from_pretrained(config.model.source, DTYPES[config.model.dtype], device, config.model.revision)
+    backbone = backbones.load(config.model.source, DTYPES[config.model.dtype], device, config.model.revision)
+    backbone.check_guidance(config.sampling.guidance_scale)
     adapter = config.adapter
     if adapter.init_from is None:
-        targets = lora_targets(backbone.transformer) if adapter.targets is None else adapter.targets
+        targets = backbone.lora_targets(backbone.transformer) if adapter.targets is None else adapter.targets
         seed = seed_of(config.train.seed, 0, 0, "adapter")
         add_adapter(backbone, rank=adapter.rank, alpha=adapter.alpha, targets=targets, seed=seed)
         return backbone
@@ -92,7 +95,7 @@ def check_start(config: AlignConfig) -> None:
             )
 
 
-def add_adapter(backbone: SD3Backbone, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> list[str]:
+def add_adapter(backbone: Backbone, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> list[str]:
     """Put a fresh adapter on the transformer and make it the only thing that trains; returns the bound modules.
 
     B starts at zero, so the first rollout is the base's; A is drawn from ``seed``, the same on every worker.
@@ -105,6 +108,21 @@ def add_adapter(backbone: SD3Backbone, *, rank: int, alpha: float, targets: Sequ
     for name, parameter in backbone.transformer.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return names
+
+
+def guidance_of(guidance_scale: float, surrogate: Surrogate, backbone: Backbone) -> Guidance:
+    """How the backward sees a surrogate's guidance: embedded guidance is inside of the one velocity that there is.
+
+    ValueError for compensating embedded guidance.
+    """
+    if not backbone.embedded_guidance:
+        return Guidance(guidance_scale, surrogate.detach_negative, surrogate.compensate_guidance)
+    if surrogate.compensate_guidance:
+        raise ValueError(
+            f"surrogate.compensate_guidance is true, but guidance is an input of {type(backbone.transformer).__name__} and no "
+            "factor of its velocity: set it to false"
+        )
+    return Guidance()
 
 
 def parameters(transformer: nn.Module) -> list[nn.Parameter]:
@@ -172,7 +190,7 @@ def average(averaged: State, state: Mapping[str, Tensor], decay: float) -> State
     return {k: torch.lerp(state[k], averaged[k], decay) for k in averaged}
 
 
-def export(backbone: SD3Backbone, state: Mapping[str, Tensor], folder: Path, *, weights: str, strength: float = 1.0) -> None:
+def export(backbone: Backbone, state: Mapping[str, Tensor], folder: Path, *, weights: str, strength: float = 1.0) -> None:
     """Save ``state`` as the folder that ``pipeline.load_lora_weights(folder)`` loads, without this project.
 
     ``weights`` ("raw" or "ema") is written into the folder's ``adapter.json``. ``strength`` scales what the
@@ -185,12 +203,12 @@ def export(backbone: SD3Backbone, state: Mapping[str, Tensor], folder: Path, *, 
     adapter = metadata["transformer_lora_adapter_metadata"]
     adapter["lora_alpha"] = strength * adapter["lora_alpha"]
     adapter["target_modules"] = sorted(adapter["target_modules"])
-    StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=dict(state), weight_name=EXPORT_FILE, **metadata)
+    backbone.pipeline.save_lora_weights(folder, transformer_lora_layers=dict(state), weight_name=EXPORT_FILE, **metadata)
     note = {"weights": weights, "strength": strength, "rank": adapter["r"], "alpha": adapter["lora_alpha"]}
     (folder / NOTE_FILE).write_text(json.dumps(note | {"checksum": checksum(state)}, indent=1) + "\n")
 
 
-def load_export(backbone: SD3Backbone, folder: Path, *, alpha: float | None = None) -> State:
+def load_export(backbone: Backbone, folder: Path, *, alpha: float | None = None) -> State:
     """Load an exported adapter folder (or another one by PEFT's names) as the trainable adapter and return its state.
 
     ``alpha`` replaces the file's own, which has the export's strength in it. FileNotFoundError if there is no adapter;
@@ -201,8 +219,8 @@ def load_export(backbone: SD3Backbone, folder: Path, *, alpha: float | None = No
     if alpha is not None and metadata is not None:
         metadata["transformer.lora_alpha"] = alpha
     # All that load_lora_weights would do to the transformer, but that one takes no metadata.
-    more = {"metadata": metadata, "_pipeline": pipeline, "low_cpu_mem_usage": True}
-    pipeline.load_lora_into_transformer(given, transformer, adapter_name="default", **more)
+    more = {"metadata": metadata, "_pipeline": pipeline, "low_cpu_mem_usage": True, **backbone.lora_loading}
+    pipeline.load_lora_into_transformer(given, transformer=transformer, adapter_name="default", **more)
     model = type(transformer).__name__
     if "default" not in pipeline.get_list_adapters().get("transformer", []):
         raise ValueError(f"the adapter in {folder} binds nothing of {model}: it is another model's")

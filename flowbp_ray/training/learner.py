@@ -11,8 +11,7 @@ from torch.optim import AdamW
 
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.batches import Block, Policy, policy_version
-from flowbp_ray.rollouts.plans import plan_of
-from flowbp_ray.surrogate.backward import Guidance
+from flowbp_ray.rollouts.plans import grid_of, plan_of
 from flowbp_ray.surrogate.plan import Plan
 from flowbp_ray.training import adapter
 from flowbp_ray.training.update import accumulate, clip_by_norm
@@ -26,7 +25,7 @@ class Learner:
         self.config, train = config, config.train
         self.backbone = adapter.adapted(config, "cuda" if config.cluster.trainer_gpus else "cpu")
         self.negative = self.backbone.encode([""])
-        self.sigmas = self.backbone.grid(config.sampling.steps).to(self.backbone.device)
+        self.sigmas = grid_of(config, self.backbone)
         self.parameters = adapter.parameters(self.backbone.transformer)
         self.optimizer = AdamW(
             self.parameters, lr=train.learning_rate, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
@@ -35,8 +34,7 @@ class Learner:
         self.gradient = torch.zeros(sum(p.numel() for p in self.parameters), dtype=torch.float64, device=self.backbone.device)
         self.averaged = adapter.read(self.backbone.transformer)
         self.version = 0
-        surrogate = config.surrogate
-        self.guidance = Guidance(config.sampling.guidance_scale, surrogate.detach_negative, surrogate.compensate_guidance)
+        self.guidance = adapter.guidance_of(config.sampling.guidance_scale, config.surrogate, self.backbone)
 
     @property
     def plan(self) -> Plan:
@@ -58,6 +56,9 @@ class Learner:
             )
         plan = self.plan
         latents, gradients = self._tensor(block, "latents"), self._tensor(block, "gradients")
+        if (longest := self.config.train.max_sample_grad_norm) is not None:
+            norms = gradients.flatten(2).norm(dim=2).view(*gradients.shape[:2], 1, 1, 1)
+            gradients = gradients * (longest / norms.clamp(min=longest))
         copied = [plan.reward_inputs[a.reward_input].copy is not None for a in plan.active]
         accumulate(
             self.backbone,
@@ -69,6 +70,7 @@ class Learner:
             self.backbone.encode(block["prompt"].tolist()),
             self.negative,
             guidance=self.guidance,
+            guidance_scale=self.config.sampling.guidance_scale,
             batch=self.config.train.batch,
             copies=[latents[:, k] for k, is_copy in enumerate(copied) if is_copy],
             velocity_penalty=self.config.train.velocity_penalty,
@@ -115,6 +117,7 @@ class Learner:
                 guidance_scale=sampling.guidance_scale,
                 height=sampling.height,
                 width=sampling.width,
+                kind=sampling.grid,
             )
         finally:
             adapter.write(self.backbone.transformer, raw)

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowbp_ray.backbones.backbone import Conditioning
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.config.surrogates import SECTIONS, Surrogate
 from flowbp_ray.randomness import generator_of, prompt_indices, seed_of
 from flowbp_ray.rollouts.prompts import read_prompts
 from flowbp_ray.rollouts.rollout import roll_out
-from flowbp_ray.surrogate.backward import Guidance
 from flowbp_ray.surrogate.inputs import connector_errors, noised_copies, reward_inputs, sample_weights
 from flowbp_ray.surrogate.plan import Connector, Plan, RewardInput, SampleWeight
 from flowbp_ray.surrogate.quadrature import Grid, supports
-from flowbp_ray.training.adapter import adapted, parameters
+from flowbp_ray.training.adapter import adapted, guidance_of, parameters
 from flowbp_ray.training.update import accumulate
 
 #: ``score(latents (B, C, h, w), prompts)``: the objective's gradient at the latents.
@@ -199,7 +199,8 @@ class Study:
 
     def trajectory(self, steps: int) -> Trajectory:
         """Sample all of it on the model's grid of ``steps``."""
-        sigmas = self.backbone.grid(steps).to(self.backbone.device)
+        sampling = self.config.sampling
+        sigmas = self.backbone.grid(steps, sampling.height, sampling.width, sampling.grid).to(self.backbone.device)
         rollout = roll_out(self._noise(0, "noise"), sigmas, self._velocity, everything(sigmas))
         return Trajectory(sigmas, rollout.latents, rollout.velocities)
 
@@ -222,7 +223,8 @@ class Study:
                 weights[one],
                 self._text(one),
                 self.negative,
-                guidance=Guidance(self.config.sampling.guidance_scale, section.detach_negative, section.compensate_guidance),
+                guidance=guidance_of(self.config.sampling.guidance_scale, section, self.backbone),
+                guidance_scale=self.config.sampling.guidance_scale,
                 batch=1,
                 copies=[c[one] for c in copies],
             )
@@ -286,8 +288,8 @@ class Study:
         sampling, generators = self.config.sampling, [torch.Generator().manual_seed(s) for s in seeds]
         return self.backbone.initial_latents(generators, sampling.height, sampling.width)
 
-    def _text(self, rows: slice) -> Any:
-        return type(self.text)(self.text.prompt_embeds[rows], self.text.pooled_prompt_embeds[rows])
+    def _text(self, rows: slice) -> Conditioning:
+        return self.text[rows]
 
     def _guided(self, latents: Tensor, sigma: Tensor, rows: slice) -> Tensor:
         scale = self.config.sampling.guidance_scale

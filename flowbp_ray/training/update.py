@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flowbp_ray.backbones.sd3 import Conditioning, SD3Backbone
+from flowbp_ray.backbones.backbone import Backbone, Conditioning
 from flowbp_ray.surrogate.backward import Branch, Guidance, backward
 from flowbp_ray.surrogate.plan import Plan
 
 
 def accumulate(
-    backbone: SD3Backbone,
+    backbone: Backbone,
     plan: Plan,
     sigmas: Tensor,
     latents: Mapping[int, Tensor],
@@ -21,6 +21,7 @@ def accumulate(
     negative: Conditioning,
     *,
     guidance: Guidance,
+    guidance_scale: float,
     batch: int,
     copies: Sequence[Tensor] = (),
     velocity_penalty: float = 0.0,
@@ -29,13 +30,14 @@ def accumulate(
 
     The loss is ``−mean(weight · J)`` over the reward inputs of ``batch`` samples, of which these are some. ``gradients[m]``
     is the objective's gradient at reward input ``m``, ``weights (B,)`` are the samples' weights, ``copies`` the plan's noised
-    ones. The penalty is ``velocity_penalty`` times the mean squared distance of the conditional velocity to the one without
+    ones. ``guidance_scale`` is what embedded guidance is given; ``guidance`` has no second branch then.
+    The penalty is ``velocity_penalty`` times the mean squared distance of the conditional velocity to the one without
     the adapter, averaged over the plan's active velocities too: it weighs the same whatever their number.
     """
 
     def velocity(x: Tensor, index: int, branch: Branch) -> Tensor:
         text = conditioning if branch == "conditional" else negative.expand(len(x))
-        return backbone.velocity(x, sigmas[index], text)
+        return backbone.branch(x, sigmas[index], text, guidance_scale)
 
     def towards_base(current: Tensor, x: Tensor, index: int) -> Tensor:
         backbone.transformer.disable_adapters()

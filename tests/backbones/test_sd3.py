@@ -19,7 +19,7 @@ def test_same_pictures_as_plain_diffusers(tiny_pipeline, plain_diffusers):
 
 def test_grid_runs_from_one_to_zero_with_the_schedulers_shift(tiny_pipeline):
     backbone = SD3Backbone.from_pretrained(tiny_pipeline)
-    sigmas, shift = backbone.grid(4), backbone.pipeline.scheduler.config.shift
+    sigmas, shift = backbone.grid(4, 64, 64), backbone.pipeline.scheduler.config.shift
     assert sigmas[0] == 1
     assert sigmas[-1] == 0
     assert sigmas[3] == pytest.approx(shift * 0.25 / (1 + (shift - 1) * 0.25))

@@ -9,7 +9,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
-from flowbp_ray.backbones.sd3 import SD3Backbone, lora_targets
+from flowbp_ray.backbones.sd3 import SD3Backbone
 from flowbp_ray.config import load
 from flowbp_ray.training import adapter
 
@@ -66,7 +66,7 @@ def test_unless_told_otherwise_every_attention_and_feed_forward_is_bound():
     linears = {n for n, m in transformer.transformer_blocks.named_modules() if isinstance(m, torch.nn.Linear)}
     modulation = {n for n in linears if n.split(".")[1].startswith("norm")}
     assert modulation
-    bound = adapter.matching(transformer, lora_targets(transformer))
+    bound = adapter.matching(transformer, SD3Backbone.lora_targets(transformer))
     assert set(bound) == {f"transformer_blocks.{n}" for n in linears - modulation}
     assert "transformer_blocks.0.attn2.to_out.0" in bound
     assert "transformer_blocks.0.attn.to_add_out" in bound

@@ -193,3 +193,17 @@ def test_the_preview_is_what_the_exported_adapter_makes(tiny_pipeline, tmp_path)
     torch.testing.assert_close(shown, exported.sample_latents(["a red ring"], [1], **settings), rtol=0, atol=1e-5)
     assert (shown - full).abs().max() > 1e-2
     assert torch.equal(learner.backbone.sample_latents(["a red ring"], [1], **settings), full)
+
+
+def test_no_sample_decides_a_step_alone(tiny_pipeline):
+    config = configured(tiny_pipeline, "surrogate={method: draft_lv}", "train.max_sample_grad_norm=2.0")
+    learner = Learner(config)
+    block = block_of(config, learner)
+    norms = np.linalg.norm(block["gradients"].reshape(4, 3, -1), axis=2)
+    block["gradients"] *= (np.array([[1.0, 2.0, 8.0]] * 3 + [[0.0, 0.0, 0.0]]) / norms)[..., None, None, None].astype(np.float32)
+    learner.accumulate(block)
+    cut, learner.gradient = learner.gradient.clone(), torch.zeros_like(learner.gradient)
+    block["gradients"][:, 2] /= 4
+    learner.config = config.model_copy(update={"train": config.train.model_copy(update={"max_sample_grad_norm": None})})
+    learner.accumulate(block)
+    assert (cut - learner.gradient).norm() <= 1e-6 * learner.gradient.norm()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowbp_ray.backbones.sd3 import SD3Backbone, lora_targets
+from flowbp_ray.backbones.sd3 import SD3Backbone
 from flowbp_ray.rollouts.rollout import roll_out
 from flowbp_ray.shapes import BASE
 from flowbp_ray.surrogate.backward import Guidance
@@ -24,12 +24,12 @@ METHOD_SETTINGS = {
 def scene(request):
     """A backbone with a moved adapter, encoded prompts, and a guided rollout of a plan."""
     backbone = SD3Backbone.from_pretrained(BASE)
-    adapter.add_adapter(backbone, rank=4, alpha=4, targets=lora_targets(backbone.transformer), seed=0)
+    adapter.add_adapter(backbone, rank=4, alpha=4, targets=backbone.lora_targets(backbone.transformer), seed=0)
     generator = torch.Generator().manual_seed(1)
     for parameter in adapter.parameters(backbone.transformer):
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     text, negative = backbone.encode(PROMPTS), backbone.encode([""])
-    sigmas = backbone.grid(STEPS)
+    sigmas = backbone.grid(STEPS, 64, 64)
     method = METHODS[request.param]
     plan = method.plan(method.settings(**METHOD_SETTINGS[request.param]), sigmas, np.random.default_rng(0))
     noise = backbone.initial_latents([torch.Generator().manual_seed(s) for s in (3, 4)], 64, 64)
@@ -48,12 +48,11 @@ def gradients(backbone):
 
 def engine(scene, guidance, penalty=0.0, rows=slice(None)):
     backbone, text, negative, sigmas, plan, rollout, gradient = scene
-    part = type(text)(text.prompt_embeds[rows], text.pooled_prompt_embeds[rows])
     latents = {i: x[rows] for i, x in rollout.latents.items()}
     weights = torch.tensor([1.0, 0.5])[rows]
     accumulate(
-        backbone, plan, sigmas, latents, [gradient[rows]], weights, part, negative,
-        guidance=guidance, batch=2, velocity_penalty=penalty,
+        backbone, plan, sigmas, latents, [gradient[rows]], weights, text[rows], negative,
+        guidance=guidance, guidance_scale=SCALE, batch=2, velocity_penalty=penalty,
     )  # fmt: skip
 
 

@@ -220,9 +220,7 @@ def start_from(model: Encoders, finished: StableDiffusion3Pipeline) -> None:
         part.load_state_dict(finished.components[name].state_dict())
 
 
-def build(
-    work: Path, target: Path, autoencoder: Path, earlier: int | None, *, seed: int, device: str, workers: int
-) -> None:
+def build(work: Path, target: Path, autoencoder: Path, earlier: int | None, *, seed: int, device: str, workers: int) -> None:
     """Train the base model on the finished autoencoder's latents and save the pipeline to ``target``.
 
     After ``earlier`` steps on watermarked drawings (None: no training at all) it goes on from the pipeline that is there, at

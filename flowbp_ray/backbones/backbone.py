@@ -1,0 +1,193 @@
+"""What every model family gives to rollouts and surrogates; a family's own file fills in what differs.
+
+Latents, sigmas and sums stay float32 whatever the model's dtype: bfloat16 would round timesteps (750 → 752).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+#: ``training``: ``linspace(1, 1/steps)`` shifted once, as the models are aligned; ``stock``: what the pipeline does by itself.
+GridKind = Literal["training", "stock"]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts: tensors by diffusers' names (``prompt_embeds (B, L, D)``, …); the first axis of each is the prompt."""
+
+    tensors: dict[str, Tensor]
+
+    def __getitem__(self, rows: slice) -> "Conditioning":
+        return Conditioning({k: v[rows] for k, v in self.tensors.items()})
+
+    def expand(self, number: int) -> "Conditioning":
+        """The one row of this conditioning, ``number`` times (without a copy)."""
+        return Conditioning({k: v.expand(number, *v.shape[1:]) for k, v in self.tensors.items()})
+
+    def join(self, other: "Conditioning") -> "Conditioning":
+        """These prompts, then the other ones."""
+        return Conditioning({k: torch.cat([v, other.tensors[k]]) for k, v in self.tensors.items()})
+
+
+class Backbone(ABC):
+    """A pipeline's parts behind the few functions that rollouts and surrogates need."""
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    vae_class: ClassVar[type[Any]]
+    #: The pipeline's parts that encode prompts.
+    text_encoders: ClassVar[tuple[str, ...]]
+    #: What this pipeline's `load_lora_into_transformer` wants beside what all of them do.
+    lora_loading: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        self.pipeline = pipeline
+        self.transformer, self.vae = pipeline.transformer, pipeline.vae
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None
+    ) -> Self:
+        """Load a pipeline folder or hub id, without gradients anywhere."""
+        pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtype, revision=revision).to(device)
+        for name in ("transformer", "vae", *cls.text_encoders):
+            if (part := getattr(pipeline, name)) is not None:
+                part.requires_grad_(False).eval()
+        return cls(pipeline)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return self.transformer.device
+
+    @property
+    def embedded_guidance(self) -> bool:
+        """Whether guidance is an input of the transformer, and there is one branch alone (FLUX.1)."""
+        return False
+
+    @abstractmethod
+    def check_guidance(self, guidance_scale: float) -> None:
+        """ValueError where the checkpoint cannot be guided so."""
+
+    @abstractmethod
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Encode prompts with all text encoders, without gradient; the empty prompt is the negative one."""
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """``(C, h, w)`` of a picture's latent; height and width in pixels."""
+
+    @abstractmethod
+    def grid(self, steps: int, height: int, width: int, kind: GridKind = "training") -> Tensor:
+        """Sigmas ``(steps + 1,)`` from 1 to 0, float32."""
+
+    @abstractmethod
+    def branch(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor:
+        """One evaluation of the transformer: the velocity (noise minus data) at ``latents (B, C, h, w)`` and ``sigma`` (a
+        scalar), float32, same shape. ``guidance_scale`` matters to embedded guidance alone."""
+
+    @staticmethod
+    @abstractmethod
+    def lora_targets(transformer: nn.Module) -> tuple[str, ...]:
+        """Endings of the names of the modules that an adapter binds unless told otherwise: every attention and feed-forward."""
+
+    @staticmethod
+    @abstractmethod
+    def blocks(transformer: nn.Module) -> list[nn.Module]:
+        """The transformer's stacked blocks in their order: the units of sharding and of gradient checkpointing."""
+
+    @staticmethod
+    @abstractmethod
+    def latent_channels(vae: Any) -> int:
+        """The C of latents that `decode_latents` takes."""
+
+    @staticmethod
+    @abstractmethod
+    def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+        """Pictures ``(B, 3, height, width)`` in 0…1, differentiable (the clamp's gradient is 0 where it saturates)."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures of latents, as `decode_latents`."""
+        return self.decode_latents(self.vae, latents)
+
+    def initial_latents(self, generators: list[torch.Generator], height: int, width: int) -> Tensor:
+        """Pure noise, one generator a sample as diffusers draws it: float32 ``(B, C, h, w)``."""
+        shape = (len(generators), *self.latent_shape(height, width))
+        return randn_tensor(shape, generator=generators, device=self.device, dtype=torch.float32)
+
+    def velocity(
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        negative: Conditioning | None = None,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
+        """The guided velocity ``v_neg + guidance_scale·(v_cond − v_neg)`` (or embedded guidance's): float32, as ``latents``.
+
+        With a negative conditioning (one row) and ``guidance_scale`` above 1 both branches run as one batch.
+        """
+        if negative is None or guidance_scale <= 1 or self.embedded_guidance:
+            return self.branch(latents, sigma, conditioning, guidance_scale)
+        both = negative.expand(len(latents)).join(conditioning)
+        unconditional, conditional = self.branch(torch.cat([latents, latents]), sigma, both, guidance_scale).chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    @torch.no_grad()
+    def sample_latents(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        *,
+        steps: int,
+        guidance_scale: float,
+        height: int,
+        width: int,
+        kind: GridKind = "training",
+    ) -> Tensor:
+        """Finished latents ``(B, C, h, w)`` by Euler's method on this grid, one seed a picture."""
+        conditioning, negative = self.encode(prompts), self.encode([""])
+        latents = self.initial_latents([torch.Generator("cpu").manual_seed(s) for s in seeds], height, width)
+        sigmas = self.grid(steps, height, width, kind).to(self.device)
+        for sigma, following in pairwise(sigmas):
+            latents = latents + (following - sigma) * self.velocity(latents, sigma, conditioning, negative, guidance_scale)
+        return latents
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        *,
+        steps: int,
+        guidance_scale: float,
+        height: int,
+        width: int,
+        kind: GridKind = "training",
+    ) -> Tensor:
+        """Pictures ``(B, 3, height, width)`` in 0…1, decoded from `sample_latents`."""
+        size = {"height": height, "width": width}
+        return self.decode(self.sample_latents(prompts, seeds, steps=steps, guidance_scale=guidance_scale, kind=kind, **size))
+
+
+def scaled_and_shifted(vae: Any, latents: Tensor) -> Tensor:
+    """Pictures by a decoder whose latents are normalised by its config's scaling and shift factors."""
+    return pictures(vae, latents / vae.config.scaling_factor + vae.config.shift_factor)
+
+
+def pictures(vae: Any, latents: Tensor) -> Tensor:
+    """The decoder's pictures, from −1…1 to 0…1."""
+    return (vae.decode(latents.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+
+def shifted_grid(steps: int, shift: float) -> Tensor:
+    """``linspace(1, 1/steps)`` shifted by a static shift, then 0: float32 ``(steps + 1,)``."""
+    sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    return torch.cat([shift * sigmas / (1 + (shift - 1) * sigmas), torch.zeros(1)]).float()
