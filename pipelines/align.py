@@ -106,7 +106,8 @@ def intended(config: AlignConfig) -> str:
         check_model(f"reward.components.{number}.path", component.source, paths.REWARD_INDEX, None)
     train, prompts = config.train, read_prompts(config.prompts)
     reserved = ", ".join(f"{number:g} {kind}s" for kind, number in config.reserved().items() if number)
-    pictures = 6 * config.evaluation.per_task * (2 if config.evaluation.before else 1)
+    tasks = 6 if config.evaluation.checked else 1
+    pictures = tasks * config.evaluation.per_task * (2 if config.evaluation.before else 1)
     return "\n".join(
         [
             masked(dump(config)),

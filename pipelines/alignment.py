@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump
 from flowbp_ray.pictures import Cell, Row, sheet
-from flowbp_ray.rollouts.evaluation import Pictures, differences, evaluate, scores
+from flowbp_ray.rollouts.evaluation import Pictures, differences, evaluate, pictured, scores
 from flowbp_ray.rollouts.policy import PolicyStore
 from flowbp_ray.rollouts.prompts import read_prompts
 from flowbp_ray.rollouts.stream import rollouts
-from flowbp_ray.shapes.captions import TASKS, evaluation_prompts
+from flowbp_ray.shapes.captions import TASKS
 from flowbp_ray.shapes.checker import check
 from flowbp_ray.shapes.evaluation import Score
 from flowbp_ray.tracking.store import tracking_uri
@@ -218,7 +218,8 @@ def follow(bar: tqdm, newest: tuple[int, dict[str, float]] | None) -> None:
 
 def judged(config: AlignConfig, name: str, at: Session, exported: bytes | None, step: int) -> Pictures:
     """Evaluate, and log the figures."""
-    with progress(config.evaluation.per_task * len(TASKS), f"evaluate {name}", "picture") as bar:
+    total = sum(map(len, pictured(config, config.evaluation.per_task).values()))
+    with progress(total, f"evaluate {name}", "picture") as bar:
         pictures = evaluate(config, at.rewards, exported, bar.update)
     averages = scores(pictures)
     figures = {f"eval/{name}/{k}": s.value for k, s in averages.items()}
@@ -230,14 +231,16 @@ def judged(config: AlignConfig, name: str, at: Session, exported: bytes | None, 
 def previewed(config: AlignConfig) -> list[tuple[str, int]]:
     """The prompts and seeds that are pictured along the way: the tasks in turn."""
     number = config.evaluation.preview_prompts
-    by_task = evaluation_prompts(math.ceil(number / len(TASKS)) or 1, config.evaluation.seed).values()
+    by_task = pictured(config, math.ceil(number / (len(TASKS) if config.evaluation.checked else 1)) or 1).values()
     return [(prompt, seed) for seed, prompt in enumerate([p for row in zip(*by_task, strict=True) for p in row][:number])]
 
 
 def before_after(config: AlignConfig, prompts: list[str], before: Any, after: Any) -> Any:
-    """Two rows of the same prompts and seeds, with the checker's verdicts."""
+    """Two rows of the same prompts and seeds, with the checker's verdicts where it judges."""
 
     def row(heading: str, pictures: Any) -> Row:
+        if not config.evaluation.checked:
+            return Row(heading, [Cell(p, t) for p, t in zip(pictures, prompts, strict=True)])
         verdicts = [check(p, t) for p, t in zip(pictures, prompts, strict=True)]
         return Row(heading, [Cell(p, t, v.reason, v.right) for p, t, v in zip(pictures, prompts, verdicts, strict=True)])
 
@@ -258,11 +261,15 @@ def table(config: AlignConfig, base: Pictures | None, aligned: Pictures) -> str:
         lines.append(f"| {f'**{name}**' if name == 'mean' else name.replace('_', ' ')} | {' | '.join(cells)} |")
     settings, sampling = config.evaluation, config.sampling
     lines.append("")
+    of = f"Means over {settings.per_task} pictures."
+    if settings.checked:
+        of = (
+            f"Tasks: % right by the exact checker, {settings.per_task} pictures each; watermarked: % of all of these (the "
+            "checker lets none of them pass); rewards: their mean."
+        )
     lines.append(
-        f"Tasks: % right by the exact checker, {settings.per_task} pictures each; watermarked: % of all of these "
-        "(the checker lets none of them pass); rewards: their mean. ± is one standard error, a difference's over the same "
-        f"prompts and noise. Guidance {sampling.guidance_scale:g}, {sampling.steps} steps, seed {settings.seed}, "
-        f"weights: {settings.weights}."
+        f"{of} ± is one standard error, a difference's over the same prompts and noise. Guidance "
+        f"{sampling.guidance_scale:g}, {sampling.steps} steps, seed {settings.seed}, weights: {settings.weights}."
     )
     return "\n".join(lines) + "\n"
 

@@ -88,6 +88,8 @@ def main() -> None:
         from pipelines import quiet_libraries
 
         quiet_libraries()
+        if not first.evaluation.checked:
+            raise ConfigError(f"evaluation.prompts is {first.evaluation.prompts}: methods are compared on shapes alone")
         check_budgets({n: planned[n, 0] for n in names})
     except ConfigError as error:
         sys.exit(str(error))

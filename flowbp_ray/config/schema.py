@@ -145,10 +145,10 @@ class AlignConfig(Section):
                 "adapter.targets is given together with adapter.init_from, but an adapter that is started from has its targets: "
                 "set adapter.targets to null"
             )
-        if (self.sampling.height, self.sampling.width) != (SIZE, SIZE):
+        if self.evaluation.checked and (self.sampling.height, self.sampling.width) != (SIZE, SIZE):
             wrong.append(
                 f"sampling.height × sampling.width is {self.sampling.height} × {self.sampling.width}: the evaluation's checker "
-                f"reads {SIZE}×{SIZE} pictures only, so set both to {SIZE}"
+                f"reads {SIZE}×{SIZE} pictures only, so set both to {SIZE}, or evaluation.prompts to a file"
             )
         if wrong:
             raise ValueError("\n".join(wrong))

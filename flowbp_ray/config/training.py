@@ -88,8 +88,11 @@ class Cluster(Section):
 class Evaluation(Section):
     """How base and aligned model are compared: same prompts, seeds, guidance and steps."""
 
+    prompts: paths.PromptsPath = "shapes"
+    """A file as in prompts.path, whose pictures the rewards alone judge; ``shapes`` means the embedded world's six tasks of
+    evaluation prompts, which its exact checker judges too."""
     per_task: PositiveInt = 300
-    """Pictures for each of the six tasks."""
+    """Pictures for each of the six tasks, or of a file's prompts, in turn."""
     batch: PositiveInt = 50
     """Pictures sampled at once."""
     seed: NonNegativeInt = 0
@@ -102,6 +105,11 @@ class Evaluation(Section):
     """Prompts pictured at the start, along the way and at the end; 0 is none."""
     preview_every: PositiveInt = 25
     """Steps between previews along the way."""
+
+    @property
+    def checked(self) -> bool:
+        """Whether the embedded world's exact checker judges."""
+        return self.prompts == paths.TRAINING_PROMPTS
 
 
 class Tracking(Section):

@@ -1,6 +1,7 @@
 """Evaluation on Ray Data: the same prompts, seeds, guidance and grid, whatever the adapter is."""
 
 from collections.abc import Callable
+from itertools import cycle, islice
 
 import numpy as np
 import pyarrow as pa
@@ -8,19 +9,30 @@ import ray
 from ray.data import ActorPoolStrategy
 
 from flowbp_ray.config import AlignConfig
+from flowbp_ray.config.schema import Prompts
+from flowbp_ray.rollouts.prompts import read_prompts
 from flowbp_ray.rollouts.stages import Examiner, Painter
 from flowbp_ray.shapes.captions import TASKS, evaluation_prompts
 from flowbp_ray.shapes.evaluation import Score, average, seeds, six_tasks
 
-#: One row a picture, in the order of their seeds: ``task``, ``seed``, ``right``, ``watermarked`` and ``reward/NAME`` each.
+#: One row a picture, in the order of their seeds: ``task``, ``seed`` and ``reward/NAME`` each; where the checker judges, also
+#: ``right`` and ``watermarked``.
 Pictures = dict[str, np.ndarray]
+
+
+def pictured(config: AlignConfig, per_task: int) -> dict[str, list[str]]:
+    """So many prompts of each task of the evaluation; a file's are one task."""
+    settings = config.evaluation
+    if settings.checked:
+        return evaluation_prompts(per_task, settings.seed)
+    return {"prompts": list(islice(cycle(read_prompts(Prompts(path=settings.prompts))), per_task))}
 
 
 def evaluate(config: AlignConfig, application: str, exported: bytes | None, progress: Callable[[int], object]) -> Pictures:
     """Sample and judge all pictures; ``exported`` is an adapter's file, None is the base."""
     settings = config.evaluation
     source = []
-    for task, prompts in evaluation_prompts(settings.per_task, settings.seed).items():
+    for task, prompts in pictured(config, settings.per_task).items():
         for start in range(0, len(prompts), settings.batch):
             texts = prompts[start : start + settings.batch]
             numbers = seeds(task, start, len(texts), settings.seed)
@@ -39,7 +51,7 @@ def evaluate(config: AlignConfig, application: str, exported: bytes | None, prog
         )
         .map_batches(
             Examiner,
-            fn_constructor_args=(application,),
+            fn_constructor_args=(application, settings.checked),
             compute=ActorPoolStrategy(size=cluster.reward_replicas),
             num_cpus=0.01,
             **whole,
@@ -48,14 +60,17 @@ def evaluate(config: AlignConfig, application: str, exported: bytes | None, prog
     blocks = []
     for block in judged.iter_batches(batch_size=None, batch_format="numpy"):
         blocks.append(block)
-        progress(len(block["right"]))
+        progress(len(block["seed"]))
     columns = {k: np.concatenate([b[k] for b in blocks]) for k in blocks[0]}
     return {k: v[np.argsort(columns["seed"])] for k, v in columns.items()}
 
 
 def scores(pictures: Pictures) -> dict[str, Score]:
-    """The six tasks, their ``mean``, the share ``watermarked`` and every reward component's mean, with standard errors."""
-    averages = six_tasks({task: pictures["right"][pictures["task"] == task] for task in TASKS})
+    """Where the checker judges the six tasks, their ``mean`` and the share ``watermarked``; every reward component's mean; with
+    standard errors."""
+    averages = {}
+    if "right" in pictures:
+        averages = six_tasks({task: pictures["right"][pictures["task"] == task] for task in TASKS})
     others = (k for k in pictures if k == "watermarked" or k.startswith("reward/"))
     return averages | {name: average(pictures[name]) for name in others}
 

@@ -103,17 +103,16 @@ class Painter:
 class Examiner:
     """Has the pictures decoded and scored by the reward service, and checks them."""
 
-    def __init__(self, application: str) -> None:
-        self.service = serve.get_app_handle(application)
+    def __init__(self, application: str, checked: bool) -> None:
+        self.service, self.checked = serve.get_app_handle(application), checked
 
     def __call__(self, block: Block) -> Block:
-        """Scores and the checker's verdicts in place of the latents."""
+        """Scores and, if asked for, the checker's verdicts in place of the latents."""
         prompts = block["prompt"].tolist()
         seen = self.service.look.remote(np.ascontiguousarray(block.pop("latents")), prompts).result(timeout_s=ANSWER_WITHIN)
-        return {
-            "task": block["task"],
-            "seed": block["seed"],
-            "right": np.array([check(picture, prompt).right for picture, prompt in zip(seen["pictures"], prompts, strict=True)]),
-            "watermarked": np.array([watermarked(picture) for picture in seen["pictures"]]),
-            **{f"reward/{k}": v for k, v in seen["components"].items()},
-        }
+        judged = {"task": block["task"], "seed": block["seed"]}
+        if self.checked:
+            verdicts = [check(picture, prompt) for picture, prompt in zip(seen["pictures"], prompts, strict=True)]
+            judged["right"] = np.array([verdict.right for verdict in verdicts])
+            judged["watermarked"] = np.array([watermarked(picture) for picture in seen["pictures"]])
+        return judged | {f"reward/{k}": v for k, v in seen["components"].items()}
