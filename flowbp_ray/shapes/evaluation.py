@@ -43,8 +43,8 @@ def six_tasks(values: Mapping[str, Sequence[float] | np.ndarray]) -> dict[str, S
 
 def seeds(task: str, start: int, number: int, evaluation: int = 0) -> list[int]:
     """Of the noise of a task's pictures from ``start`` on: no two pictures of a task, of tasks or of evaluations share any."""
-    number = TASKS.index(task) if task in TASKS else 0  # a file's prompts are one task
-    first = (evaluation * len(TASKS) + number) * MOST + start
+    place = TASKS.index(task) if task in TASKS else 0  # a file's prompts are one task
+    first = (evaluation * len(TASKS) + place) * MOST + start
     return list(range(first, first + number))
 
 
