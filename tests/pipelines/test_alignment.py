@@ -9,12 +9,13 @@ from ray.exceptions import RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 from tqdm import tqdm
 
-from flowbp_ray.config import load
-from flowbp_ray.rollouts.evaluation import differences, scores
+from flowbp_ray.config import ConfigError, load
+from flowbp_ray.rollouts.evaluation import differences, pictured, scores
 from flowbp_ray.shapes.captions import TASKS
-from pipelines.alignment import follow, previewed, reason, table
+from pipelines.alignment import before_after, follow, previewed, reason, table
 
-CONFIG = load(Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml", [])
+SPARSE = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
+CONFIG = load(SPARSE, [])
 
 
 def pictures(right, reward, watermarked=0.0):
@@ -72,6 +73,23 @@ def test_previews_take_the_tasks_in_turn():
     assert len(shown) == CONFIG.evaluation.preview_prompts
     assert [seed for _, seed in shown] == list(range(len(shown)))
     assert len({prompt for prompt, _ in shown}) == len(shown)
+
+
+def test_a_file_of_prompts_is_judged_by_the_rewards_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("a cat\n\na dog\n", encoding="utf-8")
+    config = load(SPARSE, [f"evaluation.prompts={tmp_path / 'mine.txt'}", "evaluation.per_task=3", "sampling.width=96"])
+    assert pictured(config, config.evaluation.per_task) == {"prompts": ["a cat", "a dog", "a cat"]}
+    assert [prompt for prompt, _ in previewed(config)] == ["a cat", "a dog"] * 4
+    only = {k: v for k, v in pictures(0.4, 1).items() if k not in ("right", "watermarked")}
+    assert set(scores(only)) == {"reward/preference"}
+    assert "Means over 3 pictures." in table(config, only, only)
+    sheet = before_after(config, ["a cat"], np.zeros((1, 64, 96, 3), np.uint8), np.ones((1, 64, 96, 3), np.uint8))
+    assert sheet.size[0] > 96
+
+
+def test_the_checker_reads_its_own_size_alone():
+    with pytest.raises(ConfigError, match="or evaluation.prompts to a file"):
+        load(SPARSE, ["sampling.width=96"])
 
 
 def remote(error):
