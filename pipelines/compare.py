@@ -4,7 +4,7 @@
     python -m pipelines.compare configs/shapes/sparse.yaml configs/shapes/refl.yaml train.steps=20 --seeds 1
 
 Each configuration is a method, named as its file. They may differ in nothing but `surrogate`, and in the batch of a method
-whose samples are scored more than once. Finished cells are not run again: the same command goes on where it stopped.
+whose samples are scored more than once, with its micro-batches. Finished cells are not run again: the same command goes on where it stopped.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from pipelines.comparison import BASE, Measured, chart, evaluations, grid, read,
 
 #: Shorter than a recipe's own run, so that a cell takes minutes; overrides change them.
 BUDGET = ("train.steps=40", "evaluation.per_task=50")
-#: What belongs to a cell and not to its budget.
-OWN = ("surrogate", "train.batch")
+#: What belongs to a cell and not to its budget; micro-batches are memory and speed, not the result.
+OWN = ("surrogate", "train.batch", "train.micro_batch")
 
 
 def arguments() -> argparse.Namespace:

@@ -88,7 +88,7 @@ def test_a_file_of_prompts_is_judged_by_the_rewards_alone(tmp_path):
 
 
 def test_the_checker_reads_its_own_size_alone():
-    with pytest.raises(ConfigError, match="or evaluation.prompts to a file"):
+    with pytest.raises(ConfigError, match=r"or evaluation\.prompts to a file"):
         load(SPARSE, ["sampling.width=96"])
 
 
