@@ -4,7 +4,8 @@
     python -m pipelines.compare configs/shapes/sparse.yaml configs/shapes/refl.yaml train.steps=20 --seeds 1
 
 Each configuration is a method, named as its file. They may differ in nothing but `surrogate`, and in the batch of a method
-whose samples are scored more than once, with its micro-batches. Finished cells are not run again: the same command goes on where it stopped.
+whose samples are scored more than once, with its micro-batches. Finished cells are not run again: the same command goes on
+where it stopped.
 """
 
 import argparse
@@ -196,9 +197,9 @@ def note(config: AlignConfig, seeds: int) -> str:
     train, evaluation, sampling = config.train, config.evaluation, config.sampling
     return (
         f"{seeds} seeds, {train.steps} steps at learning rate {train.learning_rate:g}. Tasks: % right by the exact checker, "
-        f"{evaluation.per_task} pictures each and seed; rewards: their mean. The standard error is of a row's mean over seeds, "
-        "after each seed's own level. Sampled and differentiated: velocity evaluations for a scored sample, without and with "
-        f"gradient. Guidance {sampling.guidance_scale:g}, {sampling.steps} steps, weights: {evaluation.weights}."
+        f"{evaluation.per_task} pictures each and seed; watermarked: % of all of these; rewards: their mean. The standard error "
+        "is of a row's mean over seeds, after each seed's own level. Sampled and differentiated: velocity evaluations for a "
+        f"scored sample, without and with gradient. Guidance {sampling.guidance_scale:g}, {sampling.steps} steps, weights: {evaluation.weights}."
     )
 
 

@@ -97,7 +97,7 @@ def summary(cells: Sequence[Measured], figure: str) -> Summary:
 def table(cells: Sequence[Measured], note: str) -> str:
     """Markdown: a row a method, then which differences of the mean the errors resolve."""
     methods = list(dict.fromkeys(c.method for c in cells))
-    figures = [f for f in cells[0].values if f.startswith("reward/")] + [*TASKS, "mean"]
+    figures = [f for f in cells[0].values if f.startswith("reward/")] + [*TASKS, "mean", "watermarked"]
     summaries = {f: summary(cells, f) for f in figures}
     head = [f.removeprefix("reward/").replace("_", " ") for f in figures]
     lines = [
@@ -113,7 +113,7 @@ def table(cells: Sequence[Measured], note: str) -> str:
         lines.append(f"| {method} | " + " | ".join([*shown, *cost]) + " |")
     errors = [f"± {_scale(f) * summaries[f].error:.{2 if f.startswith('reward/') else 1}f}" for f in figures]
     lines += ["| *standard error* | " + " | ".join([*errors, "", "", ""]) + " |", "", note, ""]
-    for figure in [f for f in figures if f.startswith("reward/")] + ["mean"]:
+    for figure in [f for f in figures if f.startswith("reward/")] + ["mean", "watermarked"]:
         lines.append(f"- {_verdict(figure, summaries[figure])}")
     return "\n".join(lines) + "\n"
 

@@ -16,7 +16,7 @@ SPARSE = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
 
 
 def cell(method, seed, mean, reward=10.0, error=0.02):
-    values = dict.fromkeys(TASKS, mean) | {"mean": mean, "reward/preference": reward}
+    values = dict.fromkeys(TASKS, mean) | {"mean": mean, "reward/preference": reward, "watermarked": 0.5}
     return Measured(method, seed, values, dict.fromkeys(values, error), 1.5, 24.0, 4.0)
 
 
@@ -55,7 +55,10 @@ def test_the_table_says_what_is_resolved():
     text = table(cells, "What they are.")
     assert "| far | 10.00 |" in text
     assert "| base | 9.00 | 40.0 |" in text
-    mean = text.splitlines()[-1]
+    (mean,) = (line for line in text.splitlines() if line.startswith("- mean of the tasks"))
+    assert text.splitlines()[-1].endswith(
+        "watermarked: differences over 0.00 are resolved (two-sided 5 %, not corrected for the pairs): none"
+    )
     assert "far > near; far > base" in mean
     assert "near > base" not in mean
 
