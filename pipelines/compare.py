@@ -199,7 +199,8 @@ def note(config: AlignConfig, seeds: int) -> str:
         f"{seeds} seeds, {train.steps} steps at learning rate {train.learning_rate:g}. Tasks: % right by the exact checker, "
         f"{evaluation.per_task} pictures each and seed; watermarked: % of all of these; rewards: their mean. The standard error "
         "is of a row's mean over seeds, after each seed's own level. Sampled and differentiated: velocity evaluations for a "
-        f"scored sample, without and with gradient. Guidance {sampling.guidance_scale:g}, {sampling.steps} steps, weights: {evaluation.weights}."
+        f"scored sample, without and with gradient. Guidance {sampling.guidance_scale:g}, {sampling.steps} steps, "
+        f"weights: {evaluation.weights}."
     )
 
 
