@@ -1,0 +1,55 @@
+"""Every family from the sampler by the reward to the learner, in one process, on tiny random models of the real classes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from flowbp_ray.config import load
+from flowbp_ray.rollouts.sampler import Sampler
+from flowbp_ray.training import adapter
+from flowbp_ray.training.learner import Learner
+from serve.rewards import Rewards
+
+SPARSE = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
+SMALL = (
+    "train.batch=4",
+    "train.micro_batch=2",
+    "train.workers=1",
+    "train.velocity_penalty=0.1",
+    "adapter.rank=2",
+    "sampling.steps=4",
+    "sampling.height=32",
+    "sampling.width=48",
+)
+
+
+@pytest.mark.parametrize("made", [tiny.flux1, tiny.flux2, tiny.z_image], ids=lambda made: made.__name__)
+@pytest.mark.parametrize("method", ["{method: sparse, active_steps: 2}", "{method: leapalign}"])
+def test_two_steps(made, method, tmp_path):
+    folder = tiny.saved(made, tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a red ring\ntwo circles\n", encoding="utf-8")
+    paths = [f"model.path={folder}", f"evaluation.prompts={tmp_path / 'prompts.txt'}", f"surrogate={method}"]
+    config = load(SPARSE, [*SMALL, *paths])
+    learner, rewards = Learner(config), Rewards(config)
+    start, policies = adapter.read(learner.backbone.transformer), {0: learner.policy()}
+    sampler = Sampler(config, ["a red ring", "two circles"], policies.__getitem__)
+    for step in range(2):
+        for number in (2 * step, 2 * step + 1):
+            block = sampler({"number": np.array([number])})
+            gradient = rewards.score(block["inputs"][:, 0], block["prompt"].tolist())["gradient"]
+            learner.accumulate(block | {"gradients": gradient[:, None]})
+        assert learner.update() > 0
+        policies[learner.version] = learner.policy()
+    after = adapter.read(learner.backbone.transformer)
+    assert all(not torch.equal(start[name], after[name]) for name in start if "lora_B" in name)
+
+
+def test_embedded_guidance_cannot_be_compensated(tmp_path):
+    folder = tiny.saved(tiny.flux1, tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a red ring\n", encoding="utf-8")
+    paths = [f"model.path={folder}", f"evaluation.prompts={tmp_path / 'prompts.txt'}", "surrogate.compensate_guidance=true"]
+    with pytest.raises(ValueError, match="guidance is an input of FluxTransformer2DModel"):
+        Learner(load(SPARSE, [*SMALL, *paths]))
