@@ -56,9 +56,10 @@ def settings(args: argparse.Namespace, lag: int, store: Path) -> AlignConfig:
 
 
 def row(lag: int, seconds: dict[str, float]) -> str:
-    """A run's medians; at lag 1 sampling and reward of the next step run beside the update, so the longer one counts."""
-    ahead, update = seconds["sampling"] + seconds["reward"], seconds["update"]
-    needed = ahead + update if lag == 0 else max(ahead, update)
+    """A run's medians. At lag 1 a step is sampled while the one before it is rewarded and updated, so two steps need what one
+    after the other would, or twice the longest stage."""
+    stages = [seconds[stage] for stage in STAGES]
+    needed = sum(stages) if lag == 0 else max(*stages, sum(stages) / 2)
     rest = seconds["step"] - needed
     cells = [str(lag), *(f"{seconds[s]:.2f}" for s in STAGES), f"{seconds['step']:.2f}", f"{rest:.2f}"]
     return "| " + " | ".join([*cells, f"{100 * rest / seconds['step']:.0f} %"]) + " |"
