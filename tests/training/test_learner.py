@@ -23,6 +23,7 @@ def configured(tiny_pipeline, *overrides):
         "train.micro_batch=4",
         "train.workers=1",
         "train.velocity_penalty=0",
+        "train.max_sample_grad_norm=null",
         "sampling.steps=5",
         "surrogate.active_steps=2",
         "adapter.rank=4",
