@@ -1,7 +1,7 @@
 """Measure where a step's seconds go, at policy_lag 0 and 1: sampling, reward, update, and what orchestration adds.
 
     python -m pipelines.step_times configs/shapes/sparse.yaml
-    python -m pipelines.step_times configs/shapes/sparse.yaml train.batch=8 --steps 10
+    python -m pipelines.step_times configs/shapes/sparse.yaml train.batch=12 --steps 10
 
 Two short alignments with one sampler, one train worker and one micro-batch a step, so that nothing of a step runs beside
 itself and the stages' seconds can be compared with the step's. Prints a table and leaves nothing behind.

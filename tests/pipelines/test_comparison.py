@@ -74,11 +74,11 @@ def test_a_finished_cell_is_read_and_one_of_another_configuration_is_refused(tmp
 
 def test_evaluations_are_counted_by_branch():
     sigmas = shifted_grid(12, 3.0)
-    config = load(SPARSE, ["train.steps=3", "surrogate.active_steps=4", "train.batch=32"])
+    config = load(SPARSE, ["train.steps=3", "surrogate.active_steps=4", "train.batch=48"])
     assert evaluations(config, sigmas) == (24.0, 4.0)
-    attached = load(SPARSE, ["train.steps=3", "surrogate.active_steps=4", "surrogate.detach_negative=false", "train.batch=32"])
+    attached = load(SPARSE, ["train.steps=3", "surrogate.active_steps=4", "surrogate.detach_negative=false", "train.batch=48"])
     assert evaluations(attached, sigmas) == (24.0, 8.0)
-    plain = load(SPARSE, ["train.steps=3", "surrogate.active_steps=4", "sampling.guidance_scale=1", "train.batch=32"])
+    plain = load(SPARSE, ["train.steps=3", "surrogate.active_steps=4", "sampling.guidance_scale=1", "train.batch=48"])
     assert evaluations(plain, sigmas) == (12.0, 4.0)
 
 
