@@ -95,7 +95,7 @@ def intended(config: AlignConfig) -> str:
 
     ValueError or OSError for what would stop the run later: prompts, models and the adapter to start from are looked at.
     """
-    from flowbp_ray.backbones.backbone import shifted_grid
+    from flowbp_ray.backbones.grids import shifted_grid
     from flowbp_ray.rollouts.plans import plan_of
     from flowbp_ray.rollouts.prompts import read_prompts
     from flowbp_ray.training.adapter import check_start

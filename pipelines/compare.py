@@ -54,7 +54,7 @@ def cell(file: Path, overrides: list[str], seed: int) -> AlignConfig:
 
 def check_budgets(configs: dict[str, AlignConfig]) -> None:
     """ConfigError where the methods would not be compared on equal terms."""
-    from flowbp_ray.backbones.backbone import shifted_grid
+    from flowbp_ray.backbones.grids import shifted_grid
     from flowbp_ray.rollouts.plans import plan_of
     from flowbp_ray.tracking.run import flattened
 

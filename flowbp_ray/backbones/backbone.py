@@ -7,16 +7,16 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from flowbp_ray.backbones.grids import GridKind
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-#: ``training``: ``linspace(1, 1/steps)`` shifted once, as the models are aligned; ``stock``: what the pipeline does by itself.
-GridKind = Literal["training", "stock"]
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class Backbone(ABC):
         """Whether guidance is an input of the transformer, and there is one branch alone (FLUX.1)."""
         return False
 
-    @abstractmethod
-    def check_guidance(self, guidance_scale: float) -> None:
+    def check_guidance(self, guidance_scale: float) -> None:  # noqa: B027 - most families take any scale
         """ValueError where the checkpoint cannot be guided so."""
 
     @abstractmethod
@@ -104,21 +103,27 @@ class Backbone(ABC):
         """The transformer's stacked blocks in their order: the units of sharding and of gradient checkpointing."""
 
     @staticmethod
-    @abstractmethod
     def latent_channels(vae: Any) -> int:
-        """The C of latents that `decode_latents` takes."""
+        """The C of latents that `decode_latents` takes: the decoder's own, unless a family packs them."""
+        return vae.config.latent_channels
 
     @staticmethod
-    @abstractmethod
     def decode_latents(vae: Any, latents: Tensor) -> Tensor:
         """Pictures ``(B, 3, height, width)`` in 0…1, differentiable (the clamp's gradient is 0 where it saturates)."""
+        return pictures(vae, latents / vae.config.scaling_factor + vae.config.shift_factor)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures of latents, as `decode_latents`."""
         return self.decode_latents(self.vae, latents)
 
     def initial_latents(self, generators: list[torch.Generator], height: int, width: int) -> Tensor:
-        """Pure noise, one generator a sample as diffusers draws it: float32 ``(B, C, h, w)``."""
+        """Pure noise, one generator a sample as diffusers draws it: float32 ``(B, C, h, w)``.
+
+        ValueError for a size that is no whole number of tokens, of 2×2 latents each in every family.
+        """
+        token = 2 * self.pipeline.vae_scale_factor
+        if height % token or width % token:
+            raise ValueError(f"pictures of {height}×{width} pixels: this model makes sizes that are multiples of {token}")
         shape = (len(generators), *self.latent_shape(height, width))
         return randn_tensor(shape, generator=generators, device=self.device, dtype=torch.float32)
 
@@ -152,7 +157,8 @@ class Backbone(ABC):
         width: int,
         kind: GridKind = "training",
     ) -> Tensor:
-        """Finished latents ``(B, C, h, w)`` by Euler's method on this grid, one seed a picture."""
+        """Finished latents ``(B, C, h, w)`` by Euler's method on this grid, one seed a picture; errors as `check_guidance`'s."""
+        self.check_guidance(guidance_scale)
         conditioning, negative = self.encode(prompts), self.encode([""])
         latents = self.initial_latents([torch.Generator("cpu").manual_seed(s) for s in seeds], height, width)
         sigmas = self.grid(steps, height, width, kind).to(self.device)
@@ -177,17 +183,6 @@ class Backbone(ABC):
         return self.decode(self.sample_latents(prompts, seeds, steps=steps, guidance_scale=guidance_scale, kind=kind, **size))
 
 
-def scaled_and_shifted(vae: Any, latents: Tensor) -> Tensor:
-    """Pictures by a decoder whose latents are normalised by its config's scaling and shift factors."""
-    return pictures(vae, latents / vae.config.scaling_factor + vae.config.shift_factor)
-
-
 def pictures(vae: Any, latents: Tensor) -> Tensor:
     """The decoder's pictures, from −1…1 to 0…1."""
     return (vae.decode(latents.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
-
-
-def shifted_grid(steps: int, shift: float) -> Tensor:
-    """``linspace(1, 1/steps)`` shifted by a static shift, then 0: float32 ``(steps + 1,)``."""
-    sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
-    return torch.cat([shift * sigmas / (1 + (shift - 1) * sigmas), torch.zeros(1)]).float()

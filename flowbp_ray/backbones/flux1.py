@@ -1,15 +1,14 @@
 """FLUX.1-dev (`FluxPipeline`, `FluxTransformer2DModel`): guidance is an input of the transformer, one branch."""
 
-import copy
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from flowbp_ray.backbones.backbone import Backbone, Conditioning, GridKind, scaled_and_shifted
+from flowbp_ray.backbones.backbone import Backbone, Conditioning
+from flowbp_ray.backbones.grids import GridKind, dynamic_grid, shift_by_tokens
 
 #: Attention and feed-forwards of the double blocks, then those of the single blocks, whose feed-forward is `proj_mlp` and, with
 #: the attention's output in one, `proj_out`.
@@ -20,19 +19,6 @@ LORA_TARGETS = (
 )
 SINGLE_BLOCKS = ("proj_mlp", "proj_out")
 T5_TOKENS = 512  # the stock pipeline's default; a tokenizer that is shorter says so itself
-
-
-def dynamic_grid(scheduler: Any, steps: int, mu: float) -> Tensor:
-    """``linspace(1, 1/steps)`` by the scheduler's own dynamic shift ``mu``, then 0: float32 ``(steps + 1,)``."""
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist(), mu=mu)
-    return scheduler.sigmas.float()
-
-
-def shift_by_tokens(scheduler: Any, tokens: int) -> float:
-    """FLUX.1's mu: linear in the number of picture tokens (0.5 at 256 to 1.15 at 4096, unless the scheduler says otherwise)."""
-    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    return calculate_shift(tokens, *(scheduler.config[name] for name in names))
 
 
 def positions(height: int, width: int) -> Tensor:
@@ -108,13 +94,3 @@ class FluxBackbone(Backbone):
     def blocks(transformer: nn.Module) -> list[nn.Module]:
         """Double blocks, then single ones."""
         return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-
-    @staticmethod
-    def latent_channels(vae: Any) -> int:
-        """The autoencoder's."""
-        return vae.config.latent_channels
-
-    @staticmethod
-    def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-        """By scaling and shift factor."""
-        return scaled_and_shifted(vae, latents)

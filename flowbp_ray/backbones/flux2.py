@@ -8,8 +8,8 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle
 
-from flowbp_ray.backbones.backbone import Backbone, Conditioning, GridKind, pictures
-from flowbp_ray.backbones.flux1 import dynamic_grid
+from flowbp_ray.backbones.backbone import Backbone, Conditioning, pictures
+from flowbp_ray.backbones.grids import GridKind, dynamic_grid
 
 #: Attention and feed-forwards of the double blocks; the single blocks have one input and one output matrix for both.
 LORA_TARGETS = (

@@ -1,13 +1,13 @@
 """Stable Diffusion 3 and 3.5 (`StableDiffusion3Pipeline`, `SD3Transformer2DModel`): real guidance, two branches."""
 
 import copy
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from flowbp_ray.backbones.backbone import Backbone, Conditioning, GridKind, scaled_and_shifted, shifted_grid
+from flowbp_ray.backbones.backbone import Backbone, Conditioning
+from flowbp_ray.backbones.grids import GridKind, shifted_grid
 
 #: The linear modules of every model's joint blocks that a LoRA means: attention and both feed-forwards.
 LORA_TARGETS = (
@@ -29,9 +29,6 @@ class SD3Backbone(Backbone):
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         super().__init__(pipeline)
         self.max_sequence_length = min(pipeline.tokenizer_3.model_max_length, T5_TOKENS) if pipeline.tokenizer_3 else T5_TOKENS
-
-    def check_guidance(self, guidance_scale: float) -> None:
-        """Any scale goes."""
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -77,13 +74,3 @@ class SD3Backbone(Backbone):
     def blocks(transformer: nn.Module) -> list[nn.Module]:
         """The joint blocks."""
         return list(transformer.transformer_blocks)
-
-    @staticmethod
-    def latent_channels(vae: Any) -> int:
-        """The autoencoder's."""
-        return vae.config.latent_channels
-
-    @staticmethod
-    def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-        """By scaling and shift factor."""
-        return scaled_and_shifted(vae, latents)

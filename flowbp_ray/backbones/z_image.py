@@ -1,13 +1,11 @@
 """Z-Image (`ZImagePipeline`, `ZImageTransformer2DModel`): real guidance, Qwen3 as text encoder, texts of any length."""
 
-from typing import Any
-
 import torch
 from diffusers import AutoencoderKL, ZImagePipeline
 from torch import Tensor, nn
 
-from flowbp_ray.backbones.backbone import Backbone, Conditioning, GridKind, scaled_and_shifted
-from flowbp_ray.backbones.flux1 import dynamic_grid, shift_by_tokens
+from flowbp_ray.backbones.backbone import Backbone, Conditioning
+from flowbp_ray.backbones.grids import GridKind, dynamic_grid, shift_by_tokens
 
 LORA_TARGETS = (
     *(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
@@ -24,9 +22,6 @@ class ZImageBackbone(Backbone):
 
     pipeline_class, vae_class = ZImagePipeline, AutoencoderKL
     text_encoders = ("text_encoder",)
-
-    def check_guidance(self, guidance_scale: float) -> None:
-        """Any scale goes."""
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -69,13 +64,3 @@ class ZImageBackbone(Backbone):
     def blocks(transformer: nn.Module) -> list[nn.Module]:
         """Both refiners' layers, then the stacked ones."""
         return [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
-
-    @staticmethod
-    def latent_channels(vae: Any) -> int:
-        """The autoencoder's."""
-        return vae.config.latent_channels
-
-    @staticmethod
-    def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-        """By scaling and shift factor."""
-        return scaled_and_shifted(vae, latents)

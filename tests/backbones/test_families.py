@@ -185,5 +185,11 @@ def test_the_checkpoint_says_its_family(folder, tmp_path):
 def test_distilled_checkpoints_take_no_guidance(tmp_path):
     backbone = backbones.load(tiny.saved(lambda: tiny.flux2(is_distilled=True), tmp_path))
     backbone.check_guidance(1.0)
-    with pytest.raises(ValueError, match="this checkpoint is distilled"):
-        backbone.check_guidance(4.0)
+    for refused in (backbone.check_guidance, lambda scale: backbone.sample(["a"], [0], steps=2, guidance_scale=scale, **SIZE)):
+        with pytest.raises(ValueError, match="this checkpoint is distilled"):
+            refused(4.0)
+
+
+def test_a_size_of_no_whole_tokens_is_refused(folder):
+    with pytest.raises(ValueError, match="pictures of 26×32 pixels: this model makes sizes that are multiples of 4"):
+        backbones.load(folder).sample(["a"], [0], steps=2, guidance_scale=1.0, height=26, width=32)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from flowbp_ray.backbones.backbone import shifted_grid
+from flowbp_ray.backbones.grids import shifted_grid
 from flowbp_ray.config import load
 from flowbp_ray.shapes.captions import TASKS
 from pipelines.comparison import Measured, chart, evaluations, grid, read, summary, table
