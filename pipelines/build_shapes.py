@@ -93,7 +93,9 @@ def main() -> None:
             sys.exit(f"{stage} needs what an earlier stage makes, {missing[0]}: run the stages in order, or all")
         builds[stage]()
         if stage != "measure":
-            data = {"watermarked": [base.WATERMARKED_SINGLE, base.WATERMARKED]} if stage == "base" else {}
+            data: dict[str, object] = {"seed": args.seed}
+            if stage == "base":
+                data["watermarked"] = [base.WATERMARKED_SINGLE, base.WATERMARKED]
             measure.record(target, stage, measure.trained(work / stage) | data, args.further)
             (work / "measure" / "done").unlink(missing_ok=True)
         done.parent.mkdir(parents=True, exist_ok=True)
