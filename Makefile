@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # torch goes in first, by its exact pin: asked for by another package it may bring gigabytes of CUDA libraries.
 TORCH := $(shell grep '^torch==' constraints.txt)
+# Byte code of all that is installed takes a minute. What runs is compiled by being imported, the rest if it is ever used.
+COMPILED := import flowbp_ray.training.learner, flowbp_ray.rollouts.sampler, serve.rewards, pipelines.alignment, pytest, mypy.api
 
 .PHONY: help demo test test-all check ui clean
 
@@ -13,8 +15,9 @@ help: ## what there is
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11, 3.12 or 3.13 is needed, this is " + sys.version.split()[0] + ": name one, as in make PYTHON=python3.12 test")'
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cluster,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[cluster,dev]'
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c '$(COMPILED)'
 	touch $@
 
 demo: .venv/ready ## align the embedded default on a local Ray cluster and show before and after

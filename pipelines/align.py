@@ -19,6 +19,7 @@ from types import FrameType
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load, paths
 from flowbp_ray.tracking.store import masked, tracking_uri
+from flowbp_ray.training import EXPORT_FILE
 
 
 def arguments() -> argparse.Namespace:
@@ -64,7 +65,8 @@ def main() -> None:
         sys.exit(f"\nstopped: {reason(error)}\n{latest_checkpoint(folder)}; all of the error is in {folder / 'error.txt'}")
     print()
     print((outcome.folder / "table.md").read_text(encoding="utf-8"))
-    print(f"adapter   {outcome.folder / 'adapter'}   (pipe.load_lora_weights takes it)")
+    loader = "pipe.load_lora_weights" if config.adapter else "DiffusionPipeline.from_pretrained"
+    print(f"{outcome.exported.name:<9} {outcome.exported}   ({loader} takes it)")
     if (outcome.folder / "before_after.png").exists():
         print(f"pictures  {outcome.folder / 'before_after.png'}")
     command = outcome.info["command"].removeprefix(f"{Path.cwd()}/")
@@ -87,6 +89,8 @@ def latest_checkpoint(folder: Path) -> str:
         checkpoint = max((f.parent for f in folder.glob("checkpoint_*/state.json")), default=None)
     if checkpoint is None:
         return "there is no checkpoint of it yet"
+    if not (checkpoint / EXPORT_FILE).exists():
+        return f"the last checkpoint is {checkpoint}, with the transformer as diffusers loads it"
     return f"the last checkpoint is {checkpoint}: start from it with adapter.init_from={checkpoint}"
 
 
@@ -98,9 +102,11 @@ def intended(config: AlignConfig) -> str:
     from flowbp_ray.backbones.grids import shifted_grid
     from flowbp_ray.rollouts.plans import plan_of
     from flowbp_ray.rollouts.prompts import read_prompts
-    from flowbp_ray.training.adapter import check_start
 
-    check_start(config)
+    if config.adapter and config.adapter.init_from:
+        from flowbp_ray.training.adapter import check_start  # with diffusers, which takes seconds
+
+        check_start(config)
     check_model("model.path", config.model.source, paths.MODEL_INDEX, config.model.revision)
     for number, component in enumerate(config.reward.components):
         check_model(f"reward.components.{number}.path", component.source, paths.REWARD_INDEX, None)

@@ -34,7 +34,7 @@ from flowbp_ray.shapes.checker import check
 from flowbp_ray.shapes.evaluation import Score
 from flowbp_ray.tracking.store import tracking_uri
 from flowbp_ray.tracking.tracker import Tracker
-from flowbp_ray.training.adapter import EXPORT_FILE
+from flowbp_ray.training import EXPORT_FILE, NOTE_FILE
 from flowbp_ray.training.worker import Job, train_loop
 from serve.rewards import application
 
@@ -43,9 +43,11 @@ PATIENCE = 180  # seconds without a first step, after which the user is told wha
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an alignment leaves: its folder (``adapter/``, ``before_after.png``, ``table.md``), the scores, the MLflow run."""
+    """What an alignment leaves: its folder (``before_after.png``, ``table.md``, …), the scores, the MLflow run."""
 
     folder: Path
+    #: The adapter's folder, or the pipeline's.
+    exported: Path
     base: dict[str, Score] | None
     aligned: dict[str, Score]
     info: dict[str, str]
@@ -129,19 +131,32 @@ def align(config: AlignConfig, folder: Path) -> Outcome:
         preview = previewed(config)
         result = trained(config, prompts, folder, at, preview)
         with result.checkpoint.as_directory() as checkpoint:
-            exported = folder / "adapter"
-            exported.mkdir()
-            for name in (EXPORT_FILE, "adapter.json"):
-                shutil.copy(Path(checkpoint) / name, exported / name)
-        aligned = judged(config, "aligned", at, (exported / EXPORT_FILE).read_bytes(), config.train.steps)
+            exported = export(config, Path(checkpoint), folder)
+        adapter = (exported / EXPORT_FILE).read_bytes() if config.adapter else exported
+        aligned = judged(config, "aligned", at, adapter, config.train.steps)
         (folder / "table.md").write_text(table(config, base, aligned), encoding="utf-8")
         if shown := ray.get(at.tracker.first_and_last.remote()):
             before_after(config, [p for p, _ in preview], *shown).save(folder / "before_after.png")
             ray.get(at.tracker.artifact.remote(folder / "before_after.png"))
-        ray.get(at.tracker.artifact.remote(exported))
+        if config.adapter:  # whole models stay where they are
+            ray.get(at.tracker.artifact.remote(exported))
         ray.get(at.tracker.artifact.remote(folder / "table.md", "evaluation"))
         before = None if base is None else scores(base)
-        return Outcome(folder, before, scores(aligned), at.info, ray.get(at.tracker.seconds.remote()), shown)
+        return Outcome(folder, exported, before, scores(aligned), at.info, ray.get(at.tracker.seconds.remote()), shown)
+
+
+def export(config: AlignConfig, checkpoint: Path, folder: Path) -> Path:
+    """From a checkpoint the folder ``adapter``, or where all weights were trained the pipeline ``model``."""
+    exported = folder / ("adapter" if config.adapter else "model")
+    if config.adapter:
+        exported.mkdir()
+        for name in (EXPORT_FILE, NOTE_FILE):
+            shutil.copy(checkpoint / name, exported / name)
+        return exported
+    from flowbp_ray.training import full  # with diffusers, which takes seconds
+
+    full.complete(config.model.source, config.model.revision, checkpoint / full.TRANSFORMER, exported)
+    return exported
 
 
 def judge_base(config: AlignConfig, folder: Path) -> dict[str, Score]:
@@ -160,7 +175,7 @@ def clean_up(what: str, do: Callable[[], object]) -> None:
 
 def trained(config: AlignConfig, prompts: list[str], folder: Path, at: Session, preview: list[tuple[str, int]]) -> Result:
     """Stream rollouts to the train workers until all steps are done."""
-    store = ray.remote(PolicyStore).options(num_cpus=0).remote(keep=config.train.policy_lag + 2)
+    store = ray.remote(PolicyStore).options(num_cpus=0).remote(config.train.workers if config.train.sharded else 1)
     cluster = config.cluster
     trainer = TorchTrainer(
         train_loop,
@@ -216,7 +231,7 @@ def follow(bar: tqdm, newest: tuple[int, dict[str, float]] | None) -> None:
     bar.update(step + 1 - bar.n)
 
 
-def judged(config: AlignConfig, name: str, at: Session, exported: bytes | None, step: int) -> Pictures:
+def judged(config: AlignConfig, name: str, at: Session, exported: bytes | Path | None, step: int) -> Pictures:
     """Evaluate, and log the figures."""
     total = sum(map(len, pictured(config, config.evaluation.per_task).values()))
     with progress(total, f"evaluate {name}", "picture") as bar:
@@ -246,7 +261,7 @@ def before_after(config: AlignConfig, prompts: list[str], before: Any, after: An
 
     return sheet(
         "The same prompts and seeds",
-        [row("before" if config.adapter.init_from is None else "start", before), row("after", after)],
+        [row("before" if config.adapter is None or config.adapter.init_from is None else "start", before), row("after", after)],
     )
 
 

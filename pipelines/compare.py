@@ -20,7 +20,7 @@ from flowbp_ray.surrogate.quadrature import Grid
 from pipelines.comparison import BASE, Measured, chart, evaluations, grid, read, table
 
 #: Shorter than a recipe's own run, so that a cell takes minutes; overrides change them.
-BUDGET = ("train.steps=40", "evaluation.per_task=50")
+BUDGET = ("train.steps=30", "evaluation.per_task=50")
 #: What belongs to a cell and not to its budget; micro-batches are memory and speed, not the result.
 OWN = ("surrogate", "train.batch", "train.micro_batch")
 

@@ -1,7 +1,8 @@
 """The reward service: finished latents and prompts in; component scores, objective and its gradient at the latents out.
 
 It holds the decoder and the reward models, so that nobody else needs them: trainers pull its gradient back
-through velocities, samplers only sample. One request is one batch.
+through velocities, samplers only sample. One request is one batch. Whoever deploys it imports this module: model libraries
+are imported in a replica.
 """
 
 from typing import TypedDict
@@ -11,11 +12,8 @@ import torch
 from ray import serve
 from torch import Tensor
 
-from flowbp_ray.backbones import family_of
-from flowbp_ray.backbones.backbone import DTYPES
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.pictures import to_uint8
-from flowbp_ray.rewards.clip import CLIPScore
 from flowbp_ray.rewards.objective import Component, objective, scored
 
 
@@ -38,6 +36,10 @@ class Rewards:
     """A replica. All samples of a batch are independent, so batches of any size give the same answers."""
 
     def __init__(self, config: AlignConfig) -> None:
+        from flowbp_ray.backbones import family_of
+        from flowbp_ray.backbones.backbone import DTYPES
+        from flowbp_ray.rewards.clip import CLIPScore
+
         torch.set_num_threads(config.cluster.threads)
         device = "cuda" if config.cluster.reward_gpus else "cpu"
         self.family = family_of(config.model.source, config.model.revision)

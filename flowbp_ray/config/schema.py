@@ -104,7 +104,8 @@ class AlignConfig(Section):
     sampling: Sampling = Sampling()
     surrogate: AnySurrogate
     reward: Reward
-    adapter: Adapter = Adapter()
+    adapter: Adapter | None = Adapter()
+    """The LoRA adapter that is trained; null trains all weights of the transformer."""
     train: Train = Train()
     cluster: Cluster = Cluster()
     evaluation: Evaluation = Evaluation()
@@ -140,7 +141,16 @@ class AlignConfig(Section):
                 f"model.revision is {self.model.revision!r} but model.path is {self.model.path}, which is on this machine: "
                 "only a Hugging Face id has revisions, so remove one"
             )
-        if self.adapter.targets and self.adapter.init_from:
+        if self.adapter is None and not train.sharded:
+            wrong.append("adapter is null, so all weights are trained, and train.sharded is false: set train.sharded to true")
+        if self.adapter is None and train.velocity_penalty:
+            wrong.append(
+                f"train.velocity_penalty is {train.velocity_penalty:g}, but adapter is null: when all weights are trained, there "
+                "is no base model beside them to stay near, so set it to 0"
+            )
+        if train.unsharded_gradients and not train.sharded:
+            wrong.append("train.unsharded_gradients is true, but train.sharded is false: nothing is sharded, so set it to false")
+        if self.adapter and self.adapter.targets and self.adapter.init_from:
             wrong.append(
                 "adapter.targets is given together with adapter.init_from, but an adapter that is started from has its targets: "
                 "set adapter.targets to null"

@@ -1,4 +1,4 @@
-"""How the adapter is trained, on what machines, and how it is evaluated and tracked."""
+"""What is trained and how, on what machines, and how it is evaluated and tracked."""
 
 from typing import Annotated, Literal
 
@@ -35,8 +35,16 @@ class Train(Section):
     """Samples a step, over all workers."""
     micro_batch: PositiveInt = 16
     """Samples that a worker differentiates at once: memory and speed, not the result."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each block and compute the rest again in the backward: less memory, a third more time."""
     workers: PositiveInt = 1
     """Train workers that share a batch."""
+    sharded: bool = False
+    """Each worker holds a part of the model (FSDP2) and of what belongs to it; if false each holds all of it, and an adapter's
+    gradients are added up once an update. Training all weights needs true."""
+    unsharded_gradients: bool = False
+    """With sharded: add up gradients once an update and not after every active step, for a whole model's gradients of memory
+    in each worker."""
     learning_rate: PositiveFloat = 1e-4
     """AdamW's."""
     betas: Betas = (0.9, 0.999)
@@ -55,7 +63,7 @@ class Train(Section):
     policy_lag: Literal[0, 1] = 0
     """How many versions behind the policy that samples is, exactly: 1 overlaps sampling with training."""
     velocity_penalty: NonNegativeFloat = 0.0
-    """Factor on the mean squared distance to the base model's velocity, averaged over the active steps."""
+    """Factor on the mean squared distance to the base model's velocity, averaged over the active steps; with an adapter only."""
     seed: NonNegativeInt = 0
     """Of every random draw in training, the choice of prompts among them."""
     checkpoint_every: PositiveInt = 50

@@ -1,4 +1,4 @@
-"""What travels: micro-batches, and the policies that make them. Without torch, so that what only passes them on starts fast."""
+"""What travels: micro-batches, and the weights that make them. Without torch, so that what only passes them on starts fast."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -12,12 +12,25 @@ Block = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Policy:
-    """The adapter's weights after ``version`` updates, and their checksum where they were made."""
+class Piece:
+    """Bytes of one parameter as they lie in its memory, from its ``start``-th value on."""
 
-    version: int
-    state: dict[str, np.ndarray]
+    parameter: str
+    start: int
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of the weights of one policy version, and the checksum of its bytes where they were made."""
+
+    pieces: tuple[Piece, ...]
     checksum: str
+
+    @property
+    def bytes(self) -> int:
+        """Of all pieces."""
+        return sum(piece.values.nbytes for piece in self.pieces)
 
 
 @dataclass(frozen=True)

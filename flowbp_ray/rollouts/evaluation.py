@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import cycle, islice
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -28,8 +29,8 @@ def pictured(config: AlignConfig, per_task: int) -> dict[str, list[str]]:
     return {"prompts": list(islice(cycle(read_prompts(Prompts(path=settings.prompts))), per_task))}
 
 
-def evaluate(config: AlignConfig, application: str, exported: bytes | None, progress: Callable[[int], object]) -> Pictures:
-    """Sample and judge all pictures; ``exported`` is an adapter's file, None is the base."""
+def evaluate(config: AlignConfig, application: str, exported: bytes | Path | None, progress: Callable[[int], object]) -> Pictures:
+    """Sample and judge all pictures; ``exported`` is an adapter's file, or a pipeline's folder; None is the base."""
     settings = config.evaluation
     source = []
     for task, prompts in pictured(config, settings.per_task).items():

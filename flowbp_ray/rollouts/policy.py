@@ -1,35 +1,47 @@
-"""The policy store: one small actor between the trainer, which publishes versions, and the samplers, which load them."""
+"""The policy store: one small actor between the trainer, which publishes versions, and the samplers, which load them.
+
+It holds references alone. The weights lie where they were made, in Ray's object store, and go from there to the samplers
+chunk by chunk: no process has more of them in passing than one chunk.
+"""
 
 import asyncio
 
-from flowbp_ray.rollouts.batches import Policy
+from ray import ObjectRef
 
 
 class PolicyStore:
-    """Keeps the newest ``keep`` versions; whoever needs one that is still to come waits here and not in a sampler."""
+    """Knows the chunks of the versions that may still be asked for, each version from ``publishers`` train workers; whoever
+    needs one that is still to come waits here and not in a sampler."""
 
-    def __init__(self, keep: int) -> None:
-        self.keep = keep
-        self.policies: dict[int, Policy] = {}
+    def __init__(self, publishers: int) -> None:
+        self.publishers = publishers
+        self.parts: dict[int, dict[int, list[ObjectRef]]] = {}
         self.published = asyncio.Condition()
 
-    async def publish(self, policy: Policy) -> None:
-        """Add the next version; ValueError if it is not the next."""
-        newest = max(self.policies, default=policy.version - 1)
-        if policy.version != newest + 1:
-            raise ValueError(f"policy version {policy.version} cannot follow version {newest}")
+    async def retire(self, before: int) -> None:
+        """Let go of the versions ``before`` this one, so that their memory is free for the next."""
+        for version in [v for v in self.parts if v < before]:
+            del self.parts[version]
+
+    async def publish(self, version: int, publisher: int, chunks: list[ObjectRef]) -> None:
+        """Add one worker's part of a version, which exists when it has all of them; ValueError if another version is due."""
+        newest = max(self.parts, default=version)
+        if version != newest + 1 and not (version == newest and publisher not in self.parts.get(version, {})):
+            raise ValueError(f"policy version {version} of train worker {publisher} cannot follow version {newest}")
         async with self.published:
-            self.policies[policy.version] = policy
-            self.policies.pop(policy.version - self.keep, None)
+            self.parts.setdefault(version, {})[publisher] = chunks
             self.published.notify_all()
 
     async def admit(self, version: int) -> None:
-        """Return when ``version`` exists."""
+        """Return when ``version``, or one after it, exists."""
         async with self.published:
-            await self.published.wait_for(lambda: max(self.policies, default=-1) >= version)
+            await self.published.wait_for(lambda: any(v >= version and self._whole(v) for v in self.parts))
 
-    async def fetch(self, version: int) -> Policy:
-        """A version that exists; KeyError if it is still to come or no longer kept."""
-        if version not in self.policies:
-            raise KeyError(f"policy version {version} is not here, only {sorted(self.policies)}")
-        return self.policies[version]
+    async def fetch(self, version: int) -> list[ObjectRef]:
+        """The chunks of a version that exists; KeyError if it is still to come or no longer kept."""
+        if not self._whole(version):
+            raise KeyError(f"policy version {version} is not here, only {sorted(v for v in self.parts if self._whole(v))}")
+        return [chunk for part in self.parts[version].values() for chunk in part]
+
+    def _whole(self, version: int) -> bool:
+        return len(self.parts.get(version, {})) == self.publishers

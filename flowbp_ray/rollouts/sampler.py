@@ -1,29 +1,38 @@
 """A sampler: rolls out one micro-batch with the policy version that it asks for, and keeps what its plan needs."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowbp_ray import backbones
+from flowbp_ray.backbones.backbone import DTYPES
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.randomness import prompt_indices, seed_of
-from flowbp_ray.rollouts.batches import Block, MicroBatch, Policy
+from flowbp_ray.rollouts.batches import Block, Chunk, MicroBatch
 from flowbp_ray.rollouts.plans import grid_of, plan_of
 from flowbp_ray.rollouts.rollout import roll_out
 from flowbp_ray.surrogate.inputs import noised_copies, reward_inputs, sample_weights
-from flowbp_ray.training.adapter import adapted, checksum, merge, plain_weights, read, write
+from flowbp_ray.training.adapter import adapted, merge, plain_weights
+from flowbp_ray.training.weights import load_chunk
 
 
 class Sampler:
-    """Backbone and adapter, no autograd. ``fetch(version)`` gives a policy, ``prompts`` are all there are."""
+    """A backbone, no autograd. ``fetch(version)`` gives the trained weights, ``prompts`` are all there are."""
 
-    def __init__(self, config: AlignConfig, prompts: Sequence[str], fetch: Callable[[int], Policy]) -> None:
+    def __init__(self, config: AlignConfig, prompts: Sequence[str], fetch: Callable[[int], Iterable[Chunk]]) -> None:
         torch.set_num_threads(config.cluster.threads)
         self.config, self.prompts, self.fetch = config, prompts, fetch
-        self.backbone = adapted(config, "cuda" if config.cluster.sampler_gpus else "cpu")
-        self.plain = plain_weights(self.backbone.transformer)
+        device = "cuda" if config.cluster.sampler_gpus else "cpu"
+        if config.adapter:
+            self.backbone = adapted(config, device)
+            self.plain = plain_weights(self.backbone.transformer)
+        else:
+            self.backbone = backbones.load(config.model.source, DTYPES[config.model.dtype], device, config.model.revision)
+        named = self.backbone.transformer.named_parameters()
+        self.trained = {name: p for name, p in named if p.requires_grad or not config.adapter}
         self.negative = self.backbone.encode([""])
         self.sigmas = grid_of(config, self.backbone)
         self.version = -1
@@ -34,6 +43,7 @@ class Sampler:
         config, sampling = self.config, self.config.sampling
         batch = MicroBatch.of(config, int(block["number"][0]))
         self.hold(batch.version)
+        loading, began = time.perf_counter() - began, time.perf_counter()
         plan = plan_of(config, self.sigmas, batch.step)
         chosen = prompt_indices(config.train.seed, batch.step, config.train.batch, len(self.prompts))
         prompts = [self.prompts[chosen[s]] for s in batch.samples]
@@ -60,6 +70,7 @@ class Sampler:
             "latents": torch.stack(active, 1).cpu().numpy(),  # (B, active, C, h, w): what each active velocity is evaluated at
             "inputs": torch.stack(inputs, 1).cpu().numpy(),  # (B, reward inputs, C, h, w)
             "weight": weights.cpu().numpy(),
+            "loading_seconds": np.full(number, loading / number),
             "sampling_seconds": np.full(number, (time.perf_counter() - began) / number),
         }
 
@@ -70,15 +81,14 @@ class Sampler:
         return self.backbone.initial_latents(generators, self.config.sampling.height, self.config.sampling.width)
 
     def hold(self, version: int) -> None:
-        """Have the adapter of ``version`` in the model; RuntimeError if what is in it then is not what was published."""
+        """Have the weights of ``version`` in the model, in place and chunk by chunk; RuntimeError if what is in it then is not
+        what was published, or not all of it."""
         if version == self.version:
             return
-        policy = self.fetch(version)
-        write(self.backbone.transformer, {k: torch.tensor(v) for k, v in policy.state.items()})
-        held = checksum(read(self.backbone.transformer))
-        if held != policy.checksum:
-            raise RuntimeError(
-                f"the sampler holds {held[:12]}, not {policy.checksum[:12]}, after loading policy version {version}"
-            )
-        merge(self.backbone.transformer, self.plain)
+        self.version = -1
+        values = sum(load_chunk(self.trained, chunk) for chunk in self.fetch(version))
+        if values != (whole := sum(p.numel() for p in self.trained.values())):
+            raise RuntimeError(f"policy version {version} has {values} values, but {whole} are trained")
+        if self.config.adapter:
+            merge(self.backbone.transformer, self.plain)
         self.version = version

@@ -17,6 +17,7 @@ from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.batches import Block, MicroBatch
 from flowbp_ray.shapes.checker import check
 from flowbp_ray.shapes.preferences import watermarked
+from flowbp_ray.training import EXPORT_FILE
 
 ANSWER_WITHIN = 600  # seconds, for one micro-batch's rewards
 
@@ -39,7 +40,8 @@ class SamplerStage:
     def __init__(self, config: AlignConfig, prompts: Sequence[str], store: ActorHandle) -> None:
         from flowbp_ray.rollouts.sampler import Sampler
 
-        self.sampler = Sampler(config, prompts, lambda version: ray.get(store.fetch.remote(version)))
+        # One chunk after the other: a sampler has no second copy of a policy.
+        self.sampler = Sampler(config, prompts, lambda version: map(ray.get, ray.get(store.fetch.remote(version))))
 
     def __call__(self, block: Block) -> Block:
         """Roll out a micro-batch."""
@@ -67,18 +69,21 @@ class RewardStage:
 
 
 class Painter:
-    """Samples finished latents with an exported adapter (its file's bytes), or with the base model."""
+    """Samples finished latents with an exported adapter (its file's bytes), an exported pipeline, or the base model."""
 
-    def __init__(self, config: AlignConfig, exported: bytes | None) -> None:
+    def __init__(self, config: AlignConfig, exported: bytes | Path | None) -> None:
         import torch
 
         from flowbp_ray import backbones
         from flowbp_ray.backbones.backbone import DTYPES
-        from flowbp_ray.training.adapter import EXPORT_FILE, load_export, merge, plain_weights
+        from flowbp_ray.training.adapter import load_export, merge, plain_weights
 
         torch.set_num_threads(config.cluster.threads)
         device = "cuda" if config.cluster.sampler_gpus else "cpu"
         model, self.sampling = config.model, config.sampling
+        if isinstance(exported, Path):
+            self.backbone = backbones.load(exported, DTYPES[model.dtype], device)
+            return
         self.backbone = backbones.load(model.source, DTYPES[model.dtype], device, model.revision)
         if exported is not None:
             with tempfile.TemporaryDirectory() as folder:

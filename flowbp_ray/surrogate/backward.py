@@ -63,19 +63,25 @@ def backward(
     _check(plan, latents, cotangents, copies)
     gradients = [c / guidance.scale if guidance.compensate else c for c in cotangents]
     alphas = {b.index: b.alpha for b in plan.bridges}
-    branches: list[tuple[Branch, float]] = [("conditional", guidance.scale if guidance.scale > 1 else 1.0)]
-    if guidance.scale > 1 and (plan.attach_negative or not guidance.detach_negative):
-        branches.append(("negative", 1 - guidance.scale))
     for active in reversed(plan.active):
         m, alpha = active.reward_input, alphas.get(active.index, 0.0)
         inputs = _model_input(plan, active, latents, copies)
         received = gradients[m]
-        for branch, factor in branches:
+        for branch, factor in branches(plan, guidance).items():
             extra = local if branch == "conditional" else None
             cotangent = active.coefficient * factor * received
             at_latents = _pull_back(velocity, inputs, active.index, branch, cotangent, alpha != 0, extra)
             if at_latents is not None:
                 gradients[m] = gradients[m] + alpha * at_latents
+
+
+def branches(plan: Plan, guidance: Guidance) -> dict[Branch, float]:
+    """The branches that carry gradient, and their factors in the guided velocity."""
+    if guidance.scale <= 1:
+        return {"conditional": 1.0}
+    if plan.attach_negative or not guidance.detach_negative:
+        return {"conditional": guidance.scale, "negative": 1 - guidance.scale}
+    return {"conditional": guidance.scale}
 
 
 def _pull_back(

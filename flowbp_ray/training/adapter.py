@@ -1,4 +1,4 @@
-"""Low-rank adapters on a backbone: bind, read, write, average, export as diffusers loads them.
+"""Low-rank adapters on a backbone: bind, read, merge, export as diffusers loads them.
 
 PEFT does the work; what is added is that nothing fails silently. A target that binds no module, a state
 that does not fit, and an export without its alpha are errors or cannot happen.
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.training_utils import _collate_lora_metadata
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -25,9 +25,8 @@ from flowbp_ray.config import AlignConfig
 from flowbp_ray.config.surrogates import Surrogate
 from flowbp_ray.randomness import seed_of
 from flowbp_ray.surrogate.backward import Guidance
-
-State = dict[str, Tensor]
-EXPORT_FILE, NOTE_FILE = "pytorch_lora_weights.safetensors", "adapter.json"
+from flowbp_ray.training import EXPORT_FILE, NOTE_FILE
+from flowbp_ray.training.weights import State, whole
 
 
 def matching(transformer: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -55,6 +54,7 @@ def adapted(config: AlignConfig, device: str) -> Backbone:
     backbone = backbones.load(config.model.source, DTYPES[config.model.dtype], device, config.model.revision)
     backbone.check_guidance(config.sampling.guidance_scale)
     adapter = config.adapter
+    assert adapter is not None
     if adapter.init_from is None:
         targets = backbone.lora_targets(backbone.transformer) if adapter.targets is None else adapter.targets
         seed = seed_of(config.train.seed, 0, 0, "adapter")
@@ -71,7 +71,7 @@ def check_start(config: AlignConfig) -> None:
     ones. The alpha is that before the export's strength, which ``adapter.json`` tells; an adapter of others has none.
     """
     adapter = config.adapter
-    if adapter.init_from is None:
+    if adapter is None or adapter.init_from is None:
         return
     file, note = _file(adapter.init_from), adapter.init_from / NOTE_FILE
     try:
@@ -131,18 +131,9 @@ def parameters(transformer: nn.Module) -> list[nn.Parameter]:
 
 
 def read(transformer: nn.Module) -> State:
-    """The adapter's weights, a float32 copy on the CPU, by PEFT's names."""
+    """The adapter's weights, a float32 copy on the CPU, by PEFT's names; of a sharded one every worker has to ask."""
     state = get_peft_model_state_dict(transformer)
-    return {k: state[k].detach().to("cpu", torch.float32, copy=True) for k in sorted(state)}
-
-
-def write(transformer: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Replace the adapter's weights; ValueError if the names are not exactly its own."""
-    own = set(get_peft_model_state_dict(transformer))
-    if own != set(state):
-        odd = sorted(own ^ set(state))[0]
-        raise ValueError(f"this adapter does not fit: {odd!r} is on one side only, of {len(own)} here and {len(state)} given")
-    set_peft_model_state_dict(transformer, dict(state))
+    return {k: whole(state[k]).to(torch.float32, copy=True) for k in sorted(state)}
 
 
 def plain_weights(transformer: nn.Module) -> State | None:
@@ -176,18 +167,13 @@ def _layers(transformer: nn.Module) -> list[tuple[str, LoraLayer]]:
 
 
 def checksum(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and bytes: equal on both sides of a push, or the push failed."""
+    """SHA-256 over names, shapes and bytes: which adapter this is."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
-
-
-def average(averaged: State, state: Mapping[str, Tensor], decay: float) -> State:
-    """One step of the exponential moving average: ``decay·averaged + (1 − decay)·state``."""
-    return {k: torch.lerp(state[k], averaged[k], decay) for k in averaged}
 
 
 def export(backbone: Backbone, state: Mapping[str, Tensor], folder: Path, *, weights: str, strength: float = 1.0) -> None:

@@ -1,7 +1,8 @@
 """The learner: what one train worker does with micro-batches, without knowing where they come from."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,31 +10,45 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import AdamW
 
+from flowbp_ray import backbones
+from flowbp_ray.backbones.backbone import DTYPES, Backbone
 from flowbp_ray.config import AlignConfig
-from flowbp_ray.rollouts.batches import Block, Policy, policy_version
+from flowbp_ray.rollouts.batches import Block, Chunk, policy_version
 from flowbp_ray.rollouts.plans import grid_of, plan_of
 from flowbp_ray.surrogate.plan import Plan
-from flowbp_ray.training import adapter
-from flowbp_ray.training.update import accumulate, clip_by_norm
+from flowbp_ray.training import adapter, full
+from flowbp_ray.training.update import accumulate
+from flowbp_ray.training.weights import AddUp, ShardedWeights, State, Weights, average, shard
 
 
 class Learner:
-    """Backbone, adapter, AdamW and the averaged weights. Version ``v`` is the adapter after ``v`` updates."""
+    """Backbone, what is trained of it, AdamW and the averaged weights. Version ``v`` is what is trained after ``v`` updates.
 
-    def __init__(self, config: AlignConfig) -> None:
+    Sharded, it needs a process group, and every worker has to do the same at the same time.
+    """
+
+    def __init__(self, config: AlignConfig, rank: int = 0) -> None:
         torch.set_num_threads(config.cluster.threads)
-        self.config, train = config, config.train
-        self.backbone = adapter.adapted(config, "cuda" if config.cluster.trainer_gpus else "cpu")
+        self.config, self.rank, train = config, rank, config.train
+        self.backbone = trainable(config, "cuda" if config.cluster.trainer_gpus else "cpu")
         self.negative = self.backbone.encode([""])
         self.sigmas = grid_of(config, self.backbone)
-        self.parameters = adapter.parameters(self.backbone.transformer)
+        transformer = self.backbone.transformer
+        if train.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        if train.sharded:
+            shard(self.backbone, DTYPES[config.model.dtype])
+        self.weights = ShardedWeights(transformer) if train.sharded else Weights(transformer)
         self.optimizer = AdamW(
-            self.parameters, lr=train.learning_rate, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
+            self.weights.parameters.values(),
+            lr=train.learning_rate,
+            betas=train.betas,
+            eps=train.eps,
+            weight_decay=train.weight_decay,
         )
-        # Summed in float64, so that the float32 gradient does not depend on how a step's micro-batches are shared out.
-        self.gradient = torch.zeros(sum(p.numel() for p in self.parameters), dtype=torch.float64, device=self.backbone.device)
-        self.averaged = adapter.read(self.backbone.transformer)
+        self.averaged = self.weights.read()
         self.version = 0
+        self.parts = 0  # micro-batches of this step so far
         self.guidance = adapter.guidance_of(config.sampling.guidance_scale, config.surrogate, self.backbone)
 
     @property
@@ -41,10 +56,10 @@ class Learner:
         """The surrogate of the step that is to be done next."""
         return plan_of(self.config, self.sigmas, self.version)
 
-    def policy(self) -> Policy:
-        """The raw weights as samplers load them."""
-        state = adapter.read(self.backbone.transformer)
-        return Policy(self.version, {k: v.numpy() for k, v in state.items()}, adapter.checksum(state))
+    def policy(self) -> Iterator[Chunk]:
+        """What samplers load of the raw weights from this worker: a shard, or, from the first worker, all."""
+        if self.config.train.sharded or self.rank == 0:
+            yield from self.weights.chunks(torch.float32 if self.config.adapter else DTYPES[self.config.model.dtype])
 
     def accumulate(self, block: Block) -> None:
         """Add a micro-batch's share of the step's gradient; RuntimeError if it is of another step or policy version."""
@@ -54,9 +69,16 @@ class Learner:
                 f"step {self.version} was given samples of step {sorted(set(block['step'].tolist()))} "
                 f"and policy version {sorted(set(block['version'].tolist()))}, not {version}"
             )
-        plan = self.plan
+        plan, train = self.plan, self.config.train
+        self.parts += 1
+        before_last = None
+        if train.unsharded_gradients:
+            synchronise = self.backbone.transformer.set_requires_gradient_sync
+            synchronise(False)
+            if self.parts == train.batch // train.micro_batch // train.workers:
+                before_last = partial(synchronise, True)
         latents, gradients = self._tensor(block, "latents"), self._tensor(block, "gradients")
-        if (longest := self.config.train.max_sample_grad_norm) is not None:
+        if (longest := train.max_sample_grad_norm) is not None:
             norms = gradients.flatten(2).norm(dim=2).view(*gradients.shape[:2], 1, 1, 1)
             gradients = gradients * (longest / norms.clamp(min=longest))
         copied = [plan.reward_inputs[a.reward_input].copy is not None for a in plan.active]
@@ -71,67 +93,80 @@ class Learner:
             self.negative,
             guidance=self.guidance,
             guidance_scale=self.config.sampling.guidance_scale,
-            batch=self.config.train.batch,
+            batch=train.batch // train.workers if train.sharded else train.batch,  # FSDP takes the workers' mean
             copies=[latents[:, k] for k, is_copy in enumerate(copied) if is_copy],
-            velocity_penalty=self.config.train.velocity_penalty,
+            velocity_penalty=train.velocity_penalty,
+            before_last=before_last,
         )
-        gradients = [p.grad for p in self.parameters]
-        if missing := sum(g is None for g in gradients):
-            raise RuntimeError(f"{missing} of {len(gradients)} adapter parameters received no gradient in step {self.version}")
-        self.gradient += torch.cat([g.flatten() for g in gradients if g is not None])
-        self.optimizer.zero_grad(set_to_none=True)
+        self.weights.collect()
 
-    def update(self, add_up: Callable[[Tensor], None] | None = None) -> float:
+    def update(self, add_up: AddUp | None = None) -> float:
         """One step of AdamW and of the average; returns the gradient's norm before it is cut.
 
-        ``add_up`` replaces the flat float64 gradient in place by its sum over all train workers. FloatingPointError where
-        it is not finite; no update is made then.
+        ``add_up`` replaces a tensor in place by its sum over all train workers. FloatingPointError where the gradient is not
+        finite; no update is made then.
         """
-        if add_up is not None:
-            add_up(self.gradient)
-        flat = self.gradient.float()
-        self.gradient.zero_()
-        norm = clip_by_norm([flat], self.config.train.max_grad_norm)
-        for parameter, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
-            parameter.grad = part.view_as(parameter)
+        norm = self.weights.finish(self.config.train.max_grad_norm, add_up)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.averaged = adapter.average(self.averaged, adapter.read(self.backbone.transformer), self.config.train.ema)
-        self.version += 1
+        self.averaged = average(self.averaged, self.weights.read(), self.config.train.ema)
+        self.version, self.parts = self.version + 1, 0
         return norm
 
-    def evaluated(self) -> adapter.State:
+    def evaluated(self) -> State:
         """The weights that are evaluated and exported, as configured: averaged or raw."""
-        return self.averaged if self.config.evaluation.weights == "ema" else adapter.read(self.backbone.transformer)
+        return self.averaged if self.config.evaluation.weights == "ema" else self.weights.read()
 
     def preview(self, prompts: list[str], seeds: list[int]) -> Tensor:
         """Finished latents ``(B, C, h, w)`` by what would be exported; the trained weights are as before afterwards."""
-        sampling, raw = self.config.sampling, adapter.read(self.backbone.transformer)
-        adapter.write(self.backbone.transformer, self.evaluated())
-        self.backbone.transformer.set_adapters("default", self.config.adapter.export_strength)
-        try:
-            return self.backbone.sample_latents(
-                prompts,
-                seeds,
-                steps=sampling.steps,
-                guidance_scale=sampling.guidance_scale,
-                height=sampling.height,
-                width=sampling.width,
-                kind=sampling.grid,
-            )
-        finally:
-            adapter.write(self.backbone.transformer, raw)
-            self.backbone.transformer.set_adapters("default", 1.0)
+        sampling = self.config.sampling
+        with self.weights.replaced(self.evaluated()):
+            if self.config.adapter:
+                self.backbone.transformer.set_adapters("default", self.config.adapter.export_strength)
+            try:
+                return self.backbone.sample_latents(
+                    prompts,
+                    seeds,
+                    steps=sampling.steps,
+                    guidance_scale=sampling.guidance_scale,
+                    height=sampling.height,
+                    width=sampling.width,
+                    kind=sampling.grid,
+                )
+            finally:
+                if self.config.adapter:
+                    self.backbone.transformer.set_adapters("default", 1.0)
 
     def save(self, folder: Path) -> None:
-        """A checkpoint: the exported adapter as diffusers loads it; beside it raw and averaged weights and the optimizer."""
-        strength = self.config.adapter.export_strength
-        adapter.export(self.backbone, self.evaluated(), folder, weights=self.config.evaluation.weights, strength=strength)
-        raw = adapter.read(self.backbone.transformer)
-        states = {f"raw.{k}": v for k, v in raw.items()} | {f"ema.{k}": v for k, v in self.averaged.items()}
-        save_file(states, folder / "state.safetensors")
-        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-        (folder / "state.json").write_text(json.dumps({"version": self.version}) + "\n")
+        """This worker's part of a checkpoint: what is exported, as diffusers loads it, is the first worker's; raw and averaged
+        weights and the optimizer are every worker's that has some of its own."""
+        folder.mkdir(exist_ok=True)
+        with self.weights.replaced(self.evaluated()):
+            if self.config.adapter:
+                state = adapter.read(self.backbone.transformer)
+                if self.rank == 0:
+                    which, strength = self.config.evaluation.weights, self.config.adapter.export_strength
+                    adapter.export(self.backbone, state, folder, weights=which, strength=strength)
+            else:
+                full.save(self.backbone.transformer, folder / full.TRANSFORMER, DTYPES[self.config.model.dtype], self.rank)
+        if self.rank != 0 and not self.config.train.sharded:
+            return
+        parts = {"raw": self.weights.read(), "ema": self.averaged}
+        states = {f"{which}.{k}": v.cpu() for which, state in parts.items() for k, v in state.items()}
+        save_file(states, folder / f"state_{self.rank}.safetensors")
+        torch.save(self.optimizer.state_dict(), folder / f"optimizer_{self.rank}.pt")
+        if self.rank == 0:
+            (folder / "state.json").write_text(json.dumps({"version": self.version}) + "\n")
 
     def _tensor(self, block: Block, column: str) -> Tensor:
         return torch.tensor(block[column], device=self.backbone.device)
+
+
+def trainable(config: AlignConfig, device: str) -> Backbone:
+    """The model of a configuration with what is trained requiring gradients: an adapter, or the whole transformer."""
+    if config.adapter:
+        return adapter.adapted(config, device)
+    backbone = backbones.load(config.model.source, DTYPES[config.model.dtype], device, config.model.revision)
+    backbone.check_guidance(config.sampling.guidance_scale)
+    backbone.transformer.requires_grad_(True)
+    return backbone

@@ -1,12 +1,12 @@
 """The gradient of one micro-batch: a plan's surrogate over a real backbone, one velocity evaluation at a time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from flowbp_ray.backbones.backbone import Backbone, Conditioning
-from flowbp_ray.surrogate.backward import Branch, Guidance, backward
+from flowbp_ray.surrogate.backward import Branch, Guidance, backward, branches
 from flowbp_ray.surrogate.plan import Plan
 
 
@@ -25,17 +25,24 @@ def accumulate(
     batch: int,
     copies: Sequence[Tensor] = (),
     velocity_penalty: float = 0.0,
+    before_last: Callable[[], object] | None = None,
 ) -> None:
-    """Add this micro-batch's share of the loss gradient to the adapter's ``.grad``.
+    """Add this micro-batch's share of the loss gradient to the ``.grad`` of what is trained.
 
     The loss is ``−mean(weight · J)`` over the reward inputs of ``batch`` samples, of which these are some. ``gradients[m]``
     is the objective's gradient at reward input ``m``, ``weights (B,)`` are the samples' weights, ``copies`` the plan's noised
     ones. ``guidance_scale`` is what embedded guidance is given; ``guidance`` has no second branch then.
     The penalty is ``velocity_penalty`` times the mean squared distance of the conditional velocity to the one without
     the adapter, averaged over the plan's active velocities too: it weighs the same whatever their number.
+    ``before_last`` is called before the last velocity of all is evaluated with gradient.
     """
+    left = len(plan.active) * len(branches(plan, guidance))
 
     def velocity(x: Tensor, index: int, branch: Branch) -> Tensor:
+        nonlocal left
+        left -= torch.is_grad_enabled()
+        if left == 0 and before_last is not None:
+            before_last()
         text = conditioning if branch == "conditional" else negative.expand(len(x))
         return backbone.branch(x, sigmas[index], text, guidance_scale)
 
@@ -51,17 +58,3 @@ def accumulate(
     cotangents = [-(weights / (batch * len(gradients))).view(shape) * g for g in gradients]
     local = towards_base if velocity_penalty else None
     backward(plan, velocity, latents, cotangents, guidance=guidance, copies=copies, local=local)
-
-
-def clip_by_norm(gradients: Sequence[Tensor], limit: float) -> float:
-    """Scale the gradients in place so that their joint norm is at most ``limit``; returns the norm before.
-
-    FloatingPointError where the norm is not finite: such an update must not be made.
-    """
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])).item()
-    if not torch.isfinite(torch.tensor(norm)):
-        raise FloatingPointError("the gradient of the adapter is not finite: no update was made")
-    if norm > limit:
-        for gradient in gradients:
-            gradient.mul_(limit / norm)
-    return norm

@@ -1,10 +1,14 @@
-"""The Ray Train side: every worker learns from its share of each step's micro-batches, rank 0 publishes and reports."""
+"""The Ray Train side: every worker learns from its share of each step's micro-batches, rank 0 publishes and reports.
+
+Driver and controller import this module too, so the learner, with diffusers, is imported where it is made.
+"""
 
 import platform
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
@@ -17,7 +21,9 @@ from torch import Tensor
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.batches import Block, MicroBatch, policy_version
 from flowbp_ray.rollouts.plans import plan_of
-from flowbp_ray.training.learner import Learner
+
+if TYPE_CHECKING:
+    from flowbp_ray.training.learner import Learner
 
 
 @dataclass(frozen=True)
@@ -36,18 +42,20 @@ class Job:
 def train_loop(job: Job) -> None:
     """Do all steps of a run. RuntimeError if a micro-batch reaches another rank than its own, or another step, or if the
     run's folder is not to be seen from here."""
+    from flowbp_ray.training.learner import Learner
+
     config, rank = job.config, train.get_context().get_world_rank()
     if rank == 0 and not (job.folder / "config.yaml").exists():
         raise RuntimeError(
             f"the train worker on {platform.node()} cannot see {job.folder}, where its checkpoints would go: "
             "set output to a folder that all machines of the cluster share"
         )
-    learner = Learner(config)
+    learner = Learner(config, rank)
+    publish(job, learner)
     if rank == 0:
-        ray.get(job.store.publish.remote(learner.policy()))
         plans = (f"step {step}: {plan_of(config, learner.sigmas, step).table()}" for step in range(config.train.steps))
         ray.get(job.tracker.text.remote("\n\n".join(plans), "plans.txt"))
-        show(job, learner)
+    show(job, learner)
     shard = train.get_dataset_shard("rollouts")
     blocks = iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
     parts = config.train.batch // config.train.micro_batch // config.train.workers
@@ -76,32 +84,33 @@ def train_loop(job: Job) -> None:
         started = time.perf_counter()
         norm = learner.update(add_up if config.train.workers > 1 else None)
         seconds["update"] += time.perf_counter() - started
+        pushed, seconds["publishing"] = publish(job, learner)
+        names, sums = [*names, "policy_bytes"], torch.cat([sums, torch.tensor([pushed])])
         if config.train.workers > 1:
             sums = sums.to(learner.backbone.device)  # on GPUs, Ray Train's process group adds up what is there alone
             add_up(sums)
         if rank == 0:
-            ray.get(job.store.publish.remote(learner.policy()))
             if logged is not None:
                 ray.get(logged)
             seconds["step"] = time.perf_counter() - began
             figures = dict(zip(names, sums.tolist(), strict=True))
-            seconds |= {stage: figures.pop(f"{stage}_seconds") for stage in ("sampling", "reward")}
-            metrics = {k: v / config.train.batch for k, v in figures.items()}
+            seconds |= {stage: figures.pop(f"{stage}_seconds") for stage in ("loading", "sampling", "reward")}
+            metrics = {"policy_bytes": figures.pop("policy_bytes")} | {k: v / config.train.batch for k, v in figures.items()}
             metrics |= {"grad_norm": norm, "policy_version": policy_version(config, step)}
             metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
             metrics |= {f"active/{k}": a.index for k, a in enumerate(plan.active)}
             logged = job.tracker.metrics.remote(metrics, step)  # waited for in the next step
-            if learner.version % config.evaluation.preview_every == 0 or learner.version == config.train.steps:
-                show(job, learner)
+        if learner.version % config.evaluation.preview_every == 0 or learner.version == config.train.steps:
+            show(job, learner)
         if learner.version % config.train.checkpoint_every == 0 or learner.version == config.train.steps:
-            checkpoint(learner, rank)
+            checkpoint(learner)
     if logged is not None:
         ray.get(logged)
 
 
 def totals(block: Block) -> tuple[list[str], Tensor]:
     """Names and sums over the samples of what is reported as a mean, and of the seconds."""
-    names = sorted(k for k in block if k.startswith("reward/") or k in ("objective", "sampling_seconds", "reward_seconds"))
+    names = sorted(k for k in block if k.startswith("reward/") or k == "objective" or k.endswith("_seconds"))
     return names, torch.tensor([float(np.sum(block[k], dtype=np.float64)) for k in names], dtype=torch.float64)
 
 
@@ -110,25 +119,41 @@ def add_up(values: Tensor) -> None:
     dist.all_reduce(values)
 
 
-def show(job: Job, learner: Learner) -> None:
+def show(job: Job, learner: "Learner") -> None:
     """Picture the fixed prompts and seeds by the evaluated weights: the reward service decodes, the tracker keeps them."""
-    if not job.preview:
+    if not job.preview or (learner.rank != 0 and not job.config.train.sharded):
         return
     prompts, seeds = [p for p, _ in job.preview], [s for _, s in job.preview]
-    latents = learner.preview(prompts, seeds).cpu().numpy()
+    latents = learner.preview(prompts, seeds).cpu().numpy()  # sharded, it needs all workers
+    if learner.rank != 0:
+        return
     seen = serve.get_app_handle(job.rewards).look.remote(latents, prompts).result(timeout_s=600)
     ray.get(job.tracker.previews.remote(prompts, seen["pictures"], learner.version))
 
 
-def checkpoint(learner: Learner, rank: int) -> None:
-    """Report a checkpoint to Ray Train, which keeps it; every rank has to call this, rank 0 has the files."""
+def publish(job: Job, learner: "Learner") -> tuple[int, float]:
+    """Put this worker's part of the newest policy version into the object store; its bytes and seconds.
+
+    What no sampler will ask for any more goes first, so that at lag 0 there is one version, and not two, at any time.
+    """
+    began = time.perf_counter()
+    ray.get(job.store.retire.remote(learner.version - job.config.train.policy_lag))
+    chunks, pushed = [], 0
+    for chunk in learner.policy():
+        pushed += chunk.bytes
+        chunks.append(ray.put(chunk))
+    if chunks:
+        ray.get(job.store.publish.remote(learner.version, learner.rank, chunks))
+    return pushed, time.perf_counter() - began
+
+
+def checkpoint(learner: "Learner") -> None:
+    """Report a checkpoint to Ray Train, which keeps it; every rank has to call this, those with files give them."""
     metrics = {"version": learner.version}
-    if rank != 0:
-        train.report(metrics, checkpoint_dir_name=name(learner.version))
-        return
     with tempfile.TemporaryDirectory() as folder:
         learner.save(Path(folder))
-        train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder), checkpoint_dir_name=name(learner.version))
+        given = train.Checkpoint.from_directory(folder) if any(Path(folder).iterdir()) else None
+        train.report(metrics, checkpoint=given, checkpoint_dir_name=name(learner.version))
 
 
 def name(version: int) -> str:

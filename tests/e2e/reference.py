@@ -12,7 +12,7 @@ from serve.rewards import Rewards
 def align_here(config):
     """The learner after all steps, and the objective's mean at each."""
     learner, rewards = Learner(config), Rewards(config)
-    policies = {0: learner.policy()}
+    policies = {0: list(learner.policy())}
     sampler = Sampler(config, read_prompts(config.prompts), policies.__getitem__)
     parts = config.train.batch // config.train.micro_batch
     objectives = []
@@ -25,6 +25,6 @@ def align_here(config):
             learner.accumulate(block | {"gradients": answer["gradient"][:, None]})
             scores.append(answer["objective"])
         learner.update()
-        policies[learner.version] = learner.policy()
+        policies[learner.version] = list(learner.policy())
         objectives.append(float(np.concatenate(scores).mean()))
     return learner, objectives

@@ -24,6 +24,7 @@ SMALL = (
     "train.batch=8",
     "train.micro_batch=2",
     "train.workers=1",
+    "train.policy_lag=0",
     "cluster.samplers=1",
     "train.learning_rate=3e-3",
     "train.checkpoint_every=3",
@@ -60,7 +61,7 @@ def here(aligned):
 
 def states(folder):
     """Raw and averaged weights of a checkpoint."""
-    both = load_file(folder / "state.safetensors")
+    both = load_file(folder / "state_0.safetensors")
     return [{k.removeprefix(which): v for k, v in both.items() if k.startswith(which)} for which in ("raw.", "ema.")]
 
 

@@ -12,7 +12,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors.torch import save_file
 
 from flowbp_ray.config import load
-from flowbp_ray.training.adapter import EXPORT_FILE
+from flowbp_ray.training import EXPORT_FILE
 from pipelines import align
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml")

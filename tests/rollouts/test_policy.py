@@ -2,20 +2,14 @@
 
 import asyncio
 
-import numpy as np
 import pytest
 
-from flowbp_ray.rollouts.batches import Policy
 from flowbp_ray.rollouts.policy import PolicyStore
 
 
-def policy(version):
-    return Policy(version, {"w": np.full(2, version, np.float32)}, f"sum{version}")
-
-
-def test_who_needs_a_version_waits_until_it_exists():
+def test_who_needs_a_version_waits_until_all_of_it_exists():
     async def run():
-        store, order = PolicyStore(keep=2), []
+        store, order = PolicyStore(publishers=2), []
 
         async def need(version):
             await store.admit(version)
@@ -23,34 +17,41 @@ def test_who_needs_a_version_waits_until_it_exists():
 
         waiting = [asyncio.create_task(need(v)) for v in (1, 0)]
         for version in (0, 1):
-            await asyncio.sleep(0)
-            order.append(f"published {version}")
-            await store.publish(policy(version))
-            await asyncio.sleep(0.01)
+            for publisher in (1, 0):
+                await asyncio.sleep(0)
+                order.append(f"published {version} by {publisher}")
+                await store.publish(version, publisher, [f"chunk {version} {publisher}"])
+                await asyncio.sleep(0.01)
         await asyncio.gather(*waiting)
+        assert await store.fetch(1) == ["chunk 1 1", "chunk 1 0"]
         return order
 
-    assert asyncio.run(run()) == ["published 0", "admitted 0", "published 1", "admitted 1"]
+    assert asyncio.run(run()) == [
+        "published 0 by 1", "published 0 by 0", "admitted 0", "published 1 by 1", "published 1 by 0", "admitted 1",
+    ]  # fmt: skip
 
 
-def test_only_the_newest_are_kept():
+def test_what_is_retired_is_let_go():
     async def run():
-        store = PolicyStore(keep=2)
+        store = PolicyStore(publishers=1)
         for version in range(4):
-            await store.publish(policy(version))
-        assert (await store.fetch(2)).checksum == "sum2"
+            await store.retire(version - 1)
+            await store.publish(version, 0, [])
+        assert await store.fetch(2) == []
         with pytest.raises(KeyError, match=r"policy version 1 is not here, only \[2, 3\]"):
             await store.fetch(1)
+        await store.retire(4)
+        await store.publish(4, 0, [])
 
     asyncio.run(run())
 
 
 def test_a_version_that_is_not_the_next_is_refused():
     async def run():
-        store = PolicyStore(keep=2)
-        await store.publish(policy(0))
+        store = PolicyStore(publishers=1)
+        await store.publish(0, 0, [])
         for version in (0, 2):
-            with pytest.raises(ValueError, match=f"policy version {version} cannot follow version 0"):
-                await store.publish(policy(version))
+            with pytest.raises(ValueError, match=f"policy version {version} of train worker 0 cannot follow version 0"):
+                await store.publish(version, 0, [])
 
     asyncio.run(run())

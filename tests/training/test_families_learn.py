@@ -18,6 +18,7 @@ SMALL = (
     "train.batch=4",
     "train.micro_batch=2",
     "train.workers=1",
+    "train.policy_lag=0",
     "train.velocity_penalty=0.1",
     "adapter.rank=2",
     "sampling.steps=4",
@@ -34,7 +35,7 @@ def test_two_steps(made, method, tmp_path):
     paths = [f"model.path={folder}", f"evaluation.prompts={tmp_path / 'prompts.txt'}", f"surrogate={method}"]
     config = load(SPARSE, [*SMALL, *paths])
     learner, rewards = Learner(config), Rewards(config)
-    start, policies = adapter.read(learner.backbone.transformer), {0: learner.policy()}
+    start, policies = adapter.read(learner.backbone.transformer), {0: list(learner.policy())}
     sampler = Sampler(config, ["a red ring", "two circles"], policies.__getitem__)
     for step in range(2):
         for number in (2 * step, 2 * step + 1):
@@ -42,7 +43,7 @@ def test_two_steps(made, method, tmp_path):
             gradient = rewards.score(block["inputs"][:, 0], block["prompt"].tolist())["gradient"]
             learner.accumulate(block | {"gradients": gradient[:, None]})
         assert learner.update() > 0
-        policies[learner.version] = learner.policy()
+        policies[learner.version] = list(learner.policy())
     after = adapter.read(learner.backbone.transformer)
     assert all(not torch.equal(start[name], after[name]) for name in start if "lora_B" in name)
 

@@ -22,6 +22,7 @@ def configured(tiny_pipeline, *overrides):
         "train.batch=4",
         "train.micro_batch=4",
         "train.workers=1",
+        "train.policy_lag=0",
         "train.velocity_penalty=0",
         "train.max_sample_grad_norm=null",
         "sampling.steps=5",
@@ -69,14 +70,14 @@ def test_every_method_goes_from_the_sampler_to_the_learner(tiny_pipeline, method
     assert block["inputs"].shape == (4, len(plan.reward_inputs), 4, 16, 16)
     assert block["latents"].shape == (4, len(plan.active), 4, 16, 16)
     learner.accumulate(block)
-    assert 0 < learner.gradient.norm() < np.inf
+    assert 0 < learner.weights.gradient.norm() < np.inf
 
 
 def test_noised_copies_are_what_autograd_takes_them_for(tiny_pipeline):
     """DRaFT-LV written out: the mean over the last estimate and its re-noised copies, each by its own velocity."""
     config = configured(tiny_pipeline, "surrogate={method: draft_lv}")
     learner = Learner(config)
-    for parameter in learner.parameters:
+    for parameter in learner.weights.parameters.values():
         torch.nn.init.normal_(parameter, std=0.1)
     block = block_of(config, learner)
     learner.accumulate(block)
@@ -93,8 +94,8 @@ def test_noised_copies_are_what_autograd_takes_them_for(tiny_pipeline):
             noise = (x - (1 - sigma) * torch.from_numpy(block["inputs"][:, 0])) / sigma
             assert noise.std() == pytest.approx(1, abs=0.1)
     loss.backward()
-    wanted = torch.cat([p.grad.flatten() for p in learner.parameters])
-    assert (learner.gradient - wanted).norm() <= 1e-5 * wanted.norm()
+    wanted = torch.cat([p.grad.flatten() for p in learner.weights.parameters.values()])
+    assert (learner.weights.gradient - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 def test_micro_batches_add_up_to_the_batch(tiny_pipeline):
@@ -105,7 +106,7 @@ def test_micro_batches_add_up_to_the_batch(tiny_pipeline):
         whole = block_of(configured(tiny_pipeline), learner)
         for start in range(0, 4, size):
             learner.accumulate({k: v[start : start + size] for k, v in whole.items()})
-        gradients.append(learner.gradient)
+        gradients.append(learner.weights.gradient)
     assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm()
 
 
@@ -133,15 +134,15 @@ def test_the_gradients_of_all_workers_are_added_before_the_cut(tiny_pipeline):
 def test_the_average_follows_and_the_preview_uses_it(tiny_pipeline):
     config = configured(tiny_pipeline, "train.ema=0.5", "train.learning_rate=0.05")
     learner = Learner(config)
-    start = adapter.read(learner.backbone.transformer)
+    start = learner.weights.read()
     learner.accumulate(block_of(config, learner))
     learner.update()
-    raw = adapter.read(learner.backbone.transformer)
+    raw = learner.weights.read()
     for name, averaged in learner.averaged.items():
         torch.testing.assert_close(averaged, (start[name] + raw[name]) / 2)
     shown = learner.preview(["a red ring"], [1])
-    assert adapter.checksum(adapter.read(learner.backbone.transformer)) == adapter.checksum(raw)
-    adapter.write(learner.backbone.transformer, learner.averaged)
+    assert adapter.checksum(learner.weights.read()) == adapter.checksum(raw)
+    learner.weights.write(learner.averaged)
     settings = {"steps": 5, "guidance_scale": config.sampling.guidance_scale, "height": 64, "width": 64}
     assert torch.equal(shown, learner.backbone.sample_latents(["a red ring"], [1], **settings))
 
@@ -175,16 +176,16 @@ def test_a_checkpoint_is_an_adapter_that_can_be_started_from(tiny_pipeline, tmp_
     learner.update()
     learner.save(tmp_path)
     again = Learner(configured(tiny_pipeline, f"adapter.init_from={tmp_path}"))
-    assert again.policy().checksum == learner.policy().checksum
-    assert adapter.checksum(again.averaged) == learner.policy().checksum
+    raw = adapter.checksum(learner.weights.read())
+    assert adapter.checksum(again.weights.read()) == adapter.checksum(again.averaged) == raw
 
 
 def test_the_preview_is_what_the_exported_adapter_makes(tiny_pipeline, tmp_path):
     config = configured(tiny_pipeline, "adapter.export_strength=0.5")
     learner = Learner(config)
-    for parameter in learner.parameters:
+    for parameter in learner.weights.parameters.values():
         torch.nn.init.normal_(parameter, std=0.1)
-    learner.averaged = adapter.read(learner.backbone.transformer)
+    learner.averaged = learner.weights.read()
     settings = {"steps": 5, "guidance_scale": config.sampling.guidance_scale, "height": 64, "width": 64}
     full = learner.backbone.sample_latents(["a red ring"], [1], **settings)
     learner.save(tmp_path)
@@ -203,8 +204,8 @@ def test_no_sample_decides_a_step_alone(tiny_pipeline):
     norms = np.linalg.norm(block["gradients"].reshape(4, 3, -1), axis=2)
     block["gradients"] *= (np.array([[1.0, 2.0, 8.0]] * 3 + [[0.0, 0.0, 0.0]]) / norms)[..., None, None, None].astype(np.float32)
     learner.accumulate(block)
-    cut, learner.gradient = learner.gradient.clone(), torch.zeros_like(learner.gradient)
+    cut, learner.weights.gradient = learner.weights.gradient.clone(), torch.zeros_like(learner.weights.gradient)
     block["gradients"][:, 2] /= 4
     learner.config = config.model_copy(update={"train": config.train.model_copy(update={"max_sample_grad_norm": None})})
     learner.accumulate(block)
-    assert (cut - learner.gradient).norm() <= 1e-6 * learner.gradient.norm()
+    assert (cut - learner.weights.gradient).norm() <= 1e-6 * learner.weights.gradient.norm()

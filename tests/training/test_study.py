@@ -11,11 +11,10 @@ import torch
 from flowbp_ray.config import load
 from flowbp_ray.config.surrogates import SECTIONS
 from flowbp_ray.randomness import generator_of
-from flowbp_ray.rollouts.batches import Policy
 from flowbp_ray.rollouts.prompts import read_prompts
 from flowbp_ray.rollouts.sampler import Sampler
-from flowbp_ray.training import adapter
 from flowbp_ray.training.study import EXACT, Drawn, Moments, Study, Trajectory, compare, methods_of
+from flowbp_ray.training.weights import Weights
 
 CONFIG = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
 SETTINGS = ("train.micro_batch=4", "surrogate.active_steps=2", "adapter.rank=2", "train.batch=8")
@@ -222,8 +221,7 @@ def test_a_method_that_does_not_go_with_the_steps_is_left_out_and_named():
 
 def test_samples_are_those_that_training_starts_with(studied, trajectory):
     config = studied.config.model_copy(update={"train": studied.config.train.model_copy(update={"batch": 4})})
-    state = adapter.read(studied.backbone.transformer)
-    policy = Policy(0, {k: v.numpy() for k, v in state.items()}, adapter.checksum(state))
+    policy = list(Weights(studied.backbone.transformer).chunks(torch.float32))
     block = Sampler(config, read_prompts(config.prompts), lambda _: policy)({"number": np.array([0])})
     assert block["prompt"].tolist()[:SAMPLES] == studied.prompts
     np.testing.assert_allclose(block["inputs"][:SAMPLES, 0], trajectory.latents[STEPS], rtol=1e-4, atol=1e-4)
