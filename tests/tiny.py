@@ -9,6 +9,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -16,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -54,23 +57,50 @@ def qwen3(of):
     )  # fmt: skip
 
 
+def clip_config(clip):
+    """One layer."""
+    return CLIPTextConfig(
+        vocab_size=len(clip), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=16,
+        max_position_embeddings=clip.model_max_length, bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id,
+    )  # fmt: skip
+
+
+def t5_config(t5, width):
+    """One layer."""
+    return T5Config(vocab_size=len(t5), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
+
+
+def sd3():
+    """Two joint blocks, the first with a second attention, as Stable Diffusion 3.5 medium's."""
+    clip, t5 = clip_tokenizer(), t5_tokenizer()
+    return StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKL(latent_channels=4, scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False,
+                          use_post_quant_conv=False, **SMALL_VAE),
+        text_encoder=CLIPTextModelWithProjection(clip_config(clip)),
+        tokenizer=clip,
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(clip)),
+        tokenizer_2=clip,
+        text_encoder_3=T5EncoderModel(t5_config(t5, 32)),
+        tokenizer_3=t5,
+        transformer=SD3Transformer2DModel(
+            sample_size=16, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=32,
+            caption_projection_dim=16, pooled_projection_dim=32, out_channels=4, pos_embed_max_size=32,
+            dual_attention_layers=(0,), qk_norm="rms_norm",
+        ),
+    )  # fmt: skip
+
+
 def flux1():
     """Guidance is embedded, two double and one single block."""
     clip, t5 = clip_tokenizer(), t5_tokenizer()
-    clip_config = CLIPTextConfig(
-        vocab_size=len(clip), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=clip.model_max_length, bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id,
-    )  # fmt: skip
-    t5_config = T5Config(
-        vocab_size=len(t5), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
-    )
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC),
         vae=AutoencoderKL(latent_channels=4, scaling_factor=0.36, shift_factor=0.12, use_quant_conv=False,
                           use_post_quant_conv=False, **SMALL_VAE),
-        text_encoder=CLIPTextModel(clip_config),
+        text_encoder=CLIPTextModel(clip_config(clip)),
         tokenizer=clip,
-        text_encoder_2=T5EncoderModel(t5_config),
+        text_encoder_2=T5EncoderModel(t5_config(t5, 16)),
         tokenizer_2=t5,
         transformer=FluxTransformer2DModel(
             in_channels=16, num_layers=2, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
