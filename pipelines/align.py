@@ -2,9 +2,10 @@
 
     python -m pipelines.align configs/shapes/sparse.yaml
     python -m pipelines.align configs/shapes/sparse.yaml train.steps=20 sampling.guidance_scale=3
+    python -m pipelines.align configs/flux1/sparse_adapter.yaml configs/placement/gpu80.yaml prompts.path=prompts.txt …
     ray job submit --working-dir . -- python -m pipelines.align configs/shapes/sparse.yaml
 
-Any setting of the configuration can be given as section.setting=value; the last one wins.
+Further YAML files change the first one. Any setting can be given as section.setting=value; the last one wins.
 """
 
 import argparse
@@ -28,19 +29,23 @@ def arguments() -> argparse.Namespace:
         prog="python -m pipelines.align", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", type=Path, help="a YAML file, such as configs/shapes/sparse.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.setting=value", help="what to change in it")
+    parser.add_argument("changes", nargs="*", metavar="file | section.setting=value", help="what to change in it")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, and start nothing")
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    args.more = [Path(c) for c in args.changes if "=" not in c]
+    args.overrides = [c for c in args.changes if "=" in c]
+    return args
 
 
 def main() -> None:
     """Check the configuration, then run it."""
     args = arguments()
     try:
-        config = load(args.config, args.overrides)
+        config = load(args.config, args.overrides, args.more)
         from pipelines import quiet_libraries
 
         quiet_libraries()
+        config = pinned(config)
         plan = intended(config)
         if args.dry_run:
             print(plan)
@@ -97,7 +102,7 @@ def latest_checkpoint(folder: Path) -> str:
 def intended(config: AlignConfig) -> str:
     """The resolved configuration, the first step's surrogate, and what would be sampled and reserved.
 
-    ValueError or OSError for what would stop the run later: prompts, models and the adapter to start from are looked at.
+    ValueError or OSError for what would stop the run later: prompts, rewards and the adapter to start from are looked at.
     """
     from flowbp_ray.backbones.grids import shifted_grid
     from flowbp_ray.rollouts.plans import plan_of
@@ -107,7 +112,6 @@ def intended(config: AlignConfig) -> str:
         from flowbp_ray.training.adapter import check_start  # with diffusers, which takes seconds
 
         check_start(config)
-    check_model("model.path", config.model.source, paths.MODEL_INDEX, config.model.revision)
     for number, component in enumerate(config.reward.components):
         check_model(f"reward.components.{number}.path", component.source, paths.REWARD_INDEX, None)
     train, prompts = config.train, read_prompts(config.prompts)
@@ -127,13 +131,23 @@ def intended(config: AlignConfig) -> str:
     )
 
 
-def check_model(setting: str, source: str, index: str, revision: str | None) -> None:
-    """OSError unless the source is a folder, or the Hugging Face hub (or its cache here) gives the file ``index`` of it."""
+def pinned(config: AlignConfig) -> AlignConfig:
+    """The configuration with the commit that its model's revision is now, so that all processes load, and the run's record
+    has, the same one. OSError if there is no such model."""
+    folder = check_model("model.path", config.model.source, paths.MODEL_INDEX, config.model.revision)
+    if folder is None:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"revision": folder.name})})
+
+
+def check_model(setting: str, source: str, index: str, revision: str | None) -> Path | None:
+    """The hub's folder of the source, named by its commit, in the cache here; None if the source is a folder itself. OSError
+    unless either has the file ``index``."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     if Path(source).is_absolute():  # a folder that has it, or the configuration would have been refused
-        return
+        return None
     nothing = f"{setting} is {source!r}: there is no such folder here, and the Hugging Face hub does not give"
     try:
         # Unlike a model's from_pretrained this does not go on trying for half a minute where there is no network.
@@ -144,6 +158,7 @@ def check_model(setting: str, source: str, index: str, revision: str | None) -> 
         raise OSError(f"{nothing} it ({' '.join(lines[: 2 if isinstance(error, HfHubHTTPError) else 1])})") from error
     if not (Path(folder) / index).exists():
         raise OSError(f"{nothing} its {index}: name a repository in the library's own format")
+    return Path(folder)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,8 @@ class Backbone(ABC):
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.pipeline = pipeline
         self.transformer, self.vae = pipeline.transformer, pipeline.vae
+        #: What the transformer computes in, whatever its weights are kept in.
+        self.dtype = pipeline.transformer.dtype
 
     @classmethod
     def from_pretrained(

@@ -73,7 +73,7 @@ class FluxBackbone(Backbone):
         embeds, device = conditioning.tensors["prompt_embeds"], latents.device
         guidance = torch.full([number], guidance_scale, device=device) if self.transformer.config.guidance_embeds else None
         output = self.transformer(
-            hidden_states=pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2).to(self.transformer.dtype),
+            hidden_states=pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2).to(self.dtype),
             timestep=sigma.to(device, torch.float32).expand(number),
             guidance=guidance,
             pooled_projections=conditioning.tensors["pooled_prompt_embeds"],

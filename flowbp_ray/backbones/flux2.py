@@ -67,7 +67,7 @@ class Flux2KleinBackbone(Backbone):
         texts = torch.cartesian_prod(one, one, one, torch.arange(embeds.shape[1])).to(device)
         places = torch.cartesian_prod(one, torch.arange(rows), torch.arange(columns), one).to(device)
         output = self.transformer(
-            hidden_states=latents.flatten(2).transpose(1, 2).to(self.transformer.dtype),
+            hidden_states=latents.flatten(2).transpose(1, 2).to(self.dtype),
             timestep=sigma.to(device, torch.float32).expand(number),
             guidance=None,
             encoder_hidden_states=embeds,

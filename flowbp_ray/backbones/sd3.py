@@ -58,7 +58,7 @@ class SD3Backbone(Backbone):
     def branch(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor:
         """One branch; the timestep is 1000·sigma."""
         return self.transformer(
-            hidden_states=latents.to(self.transformer.dtype),
+            hidden_states=latents.to(self.dtype),
             encoder_hidden_states=conditioning.tensors["prompt_embeds"],
             pooled_projections=conditioning.tensors["pooled_prompt_embeds"],
             timestep=(sigma * 1000).to(latents.device, torch.float32).expand(len(latents)),

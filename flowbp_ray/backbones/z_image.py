@@ -48,7 +48,7 @@ class ZImageBackbone(Backbone):
         lengths = conditioning.tensors["lengths"].tolist()
         texts = [row[:length] for row, length in zip(conditioning.tensors["prompt_embeds"], lengths, strict=True)]
         output = self.transformer(
-            list(latents.to(self.transformer.dtype).unsqueeze(2).unbind()),
+            list(latents.to(self.dtype).unsqueeze(2).unbind()),
             (1 - sigma).to(latents.device, torch.float32).expand(len(latents)),
             texts,
             return_dict=False,

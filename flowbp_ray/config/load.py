@@ -12,24 +12,15 @@ from flowbp_ray.config.errors import ConfigError, sentences
 from flowbp_ray.config.schema import AlignConfig
 
 
-def load(path: Path, overrides: Sequence[str]) -> AlignConfig:
-    """The configuration of a YAML file, changed by overrides such as ``train.steps=20`` (the last one wins).
+def load(path: Path, overrides: Sequence[str], more: Sequence[Path] = ()) -> AlignConfig:
+    """The configuration of a YAML file, changed by ``more`` files, setting by setting, and then by overrides such as
+    ``train.steps=20`` (the last one wins).
 
     Values are read as YAML; ``reward.components.0.weight=2`` reaches into a list. ConfigError if any of it is wrong.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ConfigError(f"there is no configuration {path.absolute()}") from error
-    except OSError as error:
-        raise ConfigError(f"{path.absolute()} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path.absolute()} is not text in UTF-8") from error
-    data = _parse(text, str(path))
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} has to consist of sections such as 'train:' with 'setting: value' below them")
+    data = _read(path)
+    for other in more:
+        data = _merged(data, _read(other))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not all(key.split(".")):
@@ -46,6 +37,31 @@ def load(path: Path, overrides: Sequence[str]) -> AlignConfig:
 def dump(config: AlignConfig) -> str:
     """The whole configuration as YAML, defaults and all; loading it gives an equal one."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        hint = "" if path.suffix in (".yaml", ".yml") else "; a single setting is written section.setting=value"
+        raise ConfigError(f"there is no configuration {path.absolute()}{hint}") from error
+    except OSError as error:
+        raise ConfigError(f"{path.absolute()} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path.absolute()} is not text in UTF-8") from error
+    data = _parse(text, str(path))
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} has to consist of sections such as 'train:' with 'setting: value' below them")
+    return data
+
+
+def _merged(node: Any, other: Any) -> Any:
+    """The node with what the other one has: sections setting by setting, all else as a whole."""
+    if not (isinstance(node, dict) and isinstance(other, dict)):
+        return other
+    return node | {key: _merged(node.get(key), value) for key, value in other.items()}
 
 
 def _changed(node: Any, names: list[str], value: Any, override: str) -> Any:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
@@ -184,6 +183,8 @@ def export(backbone: Backbone, state: Mapping[str, Tensor], folder: Path, *, wei
     takes the rank for it and the pictures are others). ``adapter.json`` tells it too, so that a training that starts
     from the folder can take it out again.
     """
+    from diffusers.training_utils import _collate_lora_metadata  # takes a second to import, and most processes never export
+
     folder.mkdir(parents=True, exist_ok=True)
     metadata = _collate_lora_metadata({"transformer": backbone.transformer})
     adapter = metadata["transformer_lora_adapter_metadata"]

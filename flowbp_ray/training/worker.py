@@ -55,6 +55,8 @@ def train_loop(job: Job) -> None:
     if rank == 0:
         plans = (f"step {step}: {plan_of(config, learner.sigmas, step).table()}" for step in range(config.train.steps))
         ray.get(job.tracker.text.remote("\n\n".join(plans), "plans.txt"))
+        named = (f"{name} {tuple(p.shape)}" for name, p in learner.weights.parameters.items())
+        ray.get(job.tracker.text.remote("\n".join(named), "trained_parameters.txt"))
     show(job, learner)
     shard = train.get_dataset_shard("rollouts")
     blocks = iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))

@@ -102,6 +102,15 @@ def test_overrides_reach_into_lists_replace_sections_and_the_last_one_wins():
     assert config.train.steps == load(SPARSE, []).train.steps
 
 
+def test_further_files_change_settings_one_by_one(tmp_path):
+    more = [tmp_path / "one.yaml", tmp_path / "other.yaml"]
+    more[0].write_text("train: {steps: 9, ema: 0.5}\nadapter: null\n", encoding="utf-8")
+    more[1].write_text("train: {ema: 0.25, sharded: true, velocity_penalty: 0}\n", encoding="utf-8")
+    config = load(SPARSE, ["train.ema=0.125"], more)
+    assert (config.train.steps, config.train.ema, config.adapter) == (9, 0.125, None)
+    assert config.train.batch == load(SPARSE, []).train.batch
+
+
 def test_an_empty_section_can_be_filled_from_the_command_line(tmp_path):
     (tmp_path / "bare.yaml").write_text(SPARSE.read_text() + "\ntracking:\n")
     assert load(tmp_path / "bare.yaml", ["tracking.experiment=mine"]).tracking.experiment == "mine"

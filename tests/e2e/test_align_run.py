@@ -127,7 +127,7 @@ def test_mlflow_has_one_point_a_step_the_pictures_and_the_adapter(aligned, here)
     images = {f.path.split("+")[2] for f in client.list_artifacts(run.info.run_id, "images")}
     assert images == {"0", "2", "4"}
     artifacts = {f.path for f in client.list_artifacts(run.info.run_id)}
-    assert {"adapter", "before_after.png", "resolved_config.yaml", "plans.txt"} <= artifacts
+    assert {"adapter", "before_after.png", "resolved_config.yaml", "plans.txt", "trained_parameters.txt"} <= artifacts
     plans = client.download_artifacts(run.info.run_id, "plans.txt")
     logged = [[int(row.split()[0]) for row in plan.splitlines()[2:]] for plan in Path(plans).read_text().split("\n\n")]
     drawn = [client.get_metric_history(run.info.run_id, f"active/{k}") for k in range(4)]

@@ -18,9 +18,9 @@ from pipelines import align
 CONFIG = str(Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml")
 
 
-def run(*arguments):
+def run(*arguments, **variables):
     command = [sys.executable, "-m", "pipelines.align", *arguments]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | variables
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
@@ -37,6 +37,27 @@ def test_a_dry_run_prints_what_would_be_done_and_starts_nothing(tmp_path):
     assert "index  coefficient" in result.stdout
     assert "Nothing was started" in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_a_hubs_model_is_pinned_to_the_commit_that_it_has_now(tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--owner--model"
+    (cached / "snapshots" / commit).mkdir(parents=True)
+    (cached / "snapshots" / commit / "model_index.json").write_text("{}")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    for given in ([], ["model.revision=main"]):
+        result = run(CONFIG, "--dry-run", "model.path=owner/model", *given, HF_HUB_CACHE=str(tmp_path))
+        assert result.returncode == 0, result.stderr
+        assert f"revision: {commit}" in result.stdout
+
+
+def test_further_files_change_the_first_one(tmp_path):
+    (tmp_path / "mine.yaml").write_text("train: {steps: 9}\nsampling: {guidance_scale: 2}\n", encoding="utf-8")
+    result = run(CONFIG, str(tmp_path / "mine.yaml"), "--dry-run", "sampling.guidance_scale=4")
+    assert result.returncode == 0, result.stderr
+    assert "9 steps of 24 samples" in result.stdout
+    assert "guidance_scale: 4" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -98,9 +119,12 @@ def test_the_latest_checkpoint_is_the_listed_one_or_where_the_list_is_broken_the
         (tmp_path / name).mkdir()
     for name in ("checkpoint_000010", "checkpoint_000020"):
         (tmp_path / name / "state.json").write_text("{}")
+        (tmp_path / name / EXPORT_FILE).touch()
     assert align.latest_checkpoint(tmp_path).endswith(f"adapter.init_from={tmp_path / 'checkpoint_000020'}")
     listed.write_text(whole)
     assert align.latest_checkpoint(tmp_path).endswith(f"adapter.init_from={tmp_path / 'checkpoint_000010'}")
+    (tmp_path / "checkpoint_000010" / EXPORT_FILE).unlink()  # all weights were trained
+    assert align.latest_checkpoint(tmp_path).endswith("checkpoint_000010, with the transformer as diffusers loads it")
     listed.write_text(json.dumps({"latest_checkpoint_result": None}))
     assert align.latest_checkpoint(tmp_path) == "there is no checkpoint of it yet"
 

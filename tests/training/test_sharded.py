@@ -8,6 +8,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
 from flowbp_ray import backbones
 from flowbp_ray.config import load
@@ -112,6 +113,25 @@ def test_all_weights_are_trained_published_and_saved(folder, tmp_path):
     torch.testing.assert_close(saved.sample_latents(PROMPTS, [1, 2], **settings), pictured, rtol=0, atol=1e-5)
     base = backbones.load(folder).sample_latents(PROMPTS, [1, 2], **settings)
     assert (pictured - base).abs().max() > 1e-3
+
+
+def test_bfloat16_computes_and_float32_learns(tmp_path):
+    folder = tiny.saved(tiny.sd3, tmp_path / "tiny")
+    _, wanted = learned(configured(folder, tmp_path, *FULL))
+    one, gradient = learned(configured(folder, tmp_path, *FULL, "model.dtype=bfloat16", "train.learning_rate=1e-6"))
+    assert apart(gradient, wanted) <= 0.2
+    assert {p.dtype for p in one.weights.parameters.values()} == {torch.float32}
+    before = one.weights.read()
+    one.update()
+    steps = torch.cat([(value - before[name]).abs().flatten() for name, value in one.weights.read().items()])
+    assert steps.quantile(0.5).item() == pytest.approx(1e-6, rel=0.5)  # which bfloat16 would round away
+    assert sum(chunk.bytes for chunk in one.policy()) == 2 * len(steps)
+    sampler = Sampler(one.config, PROMPTS, lambda _: one.policy())
+    sampler.hold(0)
+    assert {p.dtype for p in sampler.trained.values()} == {torch.bfloat16}
+    one.save(tmp_path / "checkpoint")
+    saved = load_file(tmp_path / "checkpoint" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.bfloat16}
 
 
 def test_large_weights_are_saved_in_several_files(folder, tmp_path, monkeypatch):
