@@ -1,4 +1,4 @@
-"""Every published recipe resolves, wherever it is placed and whatever the size, and plans. (tests/backbones builds the models.)"""
+"""Every published recipe resolves, wherever it is placed and whatever the size, and plans; tests/backbones builds the models."""
 
 from pathlib import Path
 
