@@ -4,6 +4,7 @@ Latents, sigmas and sums stay float32 whatever the model's dtype: bfloat16 would
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -37,15 +38,22 @@ class Conditioning:
         return Conditioning({k: torch.cat([v, other.tensors[k]]) for k, v in self.tensors.items()})
 
 
+Encode = Callable[[list[str]], Conditioning]
+
+
 class Backbone(ABC):
     """A pipeline's parts behind the few functions that rollouts and surrogates need."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     vae_class: ClassVar[type[Any]]
-    #: The pipeline's parts that encode prompts.
+    #: The pipeline's parts that encode prompts; each has a tokenizer.
     text_encoders: ClassVar[tuple[str, ...]]
+    #: Tokens of a text: the stock pipeline's default. A tokenizer that is shorter says so itself.
+    max_sequence_length: ClassVar[int]
     #: What this pipeline's `load_lora_into_transformer` wants beside what all of them do.
     lora_loading: ClassVar[dict[str, Any]] = {}
+    #: What looks prompts up that were encoded before; None encodes them here.
+    embeds: Encode | None = None
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.pipeline = pipeline
@@ -53,14 +61,24 @@ class Backbone(ABC):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        revision: str | None = None,
+        without: Sequence[str] = (),
     ) -> Self:
-        """Load a pipeline folder or hub id, without gradients anywhere."""
-        pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtype, revision=revision).to(device)
+        """Load a pipeline folder or hub id, without gradients anywhere, and ``without`` these of its parts."""
+        pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtype, revision=revision, **dict.fromkeys(without)).to(device)
         for name in ("transformer", "vae", *cls.text_encoders):
             if (part := getattr(pipeline, name)) is not None:
                 part.requires_grad_(False).eval()
         return cls(pipeline)
+
+    @classmethod
+    def text_parts(cls) -> tuple[str, ...]:
+        """The text encoders and their tokenizers."""
+        return (*cls.text_encoders, *(name.replace("text_encoder", "tokenizer") for name in cls.text_encoders))
 
     @property
     def device(self) -> torch.device:
@@ -75,9 +93,17 @@ class Backbone(ABC):
     def check_guidance(self, guidance_scale: float) -> None:  # noqa: B027 - most families take any scale
         """ValueError where the checkpoint cannot be guided so."""
 
-    @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Encode prompts with all text encoders, without gradient; the empty prompt is the negative one."""
+        """Encode prompts, without gradient; the empty prompt is the negative one. Errors as `embeds` has, if that is set."""
+        if self.embeds is None:
+            return self.encode_texts(prompts)
+        found = self.embeds(prompts).tensors
+        # Lengths of texts stay on the host, which reads them.
+        return Conditioning({k: v.to(self.device) if v.is_floating_point() else v for k, v in found.items()})
+
+    @abstractmethod
+    def encode_texts(self, prompts: list[str]) -> Conditioning:
+        """Encode prompts with all text encoders."""
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

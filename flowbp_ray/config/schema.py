@@ -39,6 +39,9 @@ class Prompts(Section):
     path: paths.PromptsPath
     """A text file with one prompt a line, or a .jsonl file with "prompt" in every line; ``shapes`` means the
     embedded world's training prompts."""
+    embeds: paths.ExistingFolder | None = None
+    """A folder that ``python -m pipelines.encode_prompts`` filled, so that nobody loads text encoders; null encodes prompts when
+    they are needed."""
 
     @property
     def file(self) -> Path | None:
