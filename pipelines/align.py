@@ -102,7 +102,8 @@ def latest_checkpoint(folder: Path) -> str:
 def intended(config: AlignConfig) -> str:
     """The resolved configuration, the first step's surrogate, and what would be sampled and reserved.
 
-    ValueError or OSError for what would stop the run later: prompts, rewards and the adapter to start from are looked at.
+    ValueError or OSError for what would stop the run later: prompts, their embeddings, rewards and the adapter to start from are
+    looked at.
     """
     from flowbp_ray.backbones.grids import shifted_grid
     from flowbp_ray.rollouts.plans import plan_of
@@ -114,6 +115,10 @@ def intended(config: AlignConfig) -> str:
         check_start(config)
     for number, component in enumerate(config.reward.components):
         check_model(f"reward.components.{number}.path", component.source, paths.REWARD_INDEX, None)
+    if config.prompts.embeds:
+        from flowbp_ray.rollouts import embeds
+
+        embeds.check(config)
     train, prompts = config.train, read_prompts(config.prompts)
     reserved = ", ".join(f"{number:g} {kind}s" for kind, number in config.reserved().items() if number)
     tasks = 6 if config.evaluation.checked else 1

@@ -91,14 +91,23 @@ class Session:
     info: dict[str, str]
 
 
-@contextlib.contextmanager
-def session(config: AlignConfig, folder: Path) -> Iterator[Session]:
-    """An MLflow run, the new ``folder`` and the rewards, served. Whatever happens, nothing of it goes on running afterwards."""
+def quiet_streams() -> None:
+    """Have Ray Data hand on blocks and errors as they are, and say nothing."""
     data = DataContext.get_current()
     data.enable_progress_bars = False
     data.issue_detectors_config.detectors = []  # advice for whoever writes a pipeline, not for who runs this one
     data.target_max_block_size = None  # a block is a micro-batch, however large
     data.raise_original_map_exception = True  # else what a stage says of bad input is lost among Ray's errors
+
+
+@contextlib.contextmanager
+def session(config: AlignConfig, folder: Path) -> Iterator[Session]:
+    """An MLflow run, the new ``folder`` and the rewards, served. Whatever happens, nothing of it goes on running afterwards."""
+    if config.prompts.embeds:
+        from flowbp_ray.rollouts import embeds  # with diffusers, which takes seconds
+
+        embeds.check(config)
+    quiet_streams()
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
     uri = tracking_uri(config.tracking.uri)

@@ -144,7 +144,7 @@ def main() -> None:
     """Count for a few numbers of active steps."""
     args = arguments()
     try:
-        config = load(args.file, args.overrides)
+        config = load(args.file, [*args.overrides, "prompts.embeds=null"])  # its prompt need not be among them
     except ConfigError as error:
         sys.exit(str(error))
     from tqdm import tqdm

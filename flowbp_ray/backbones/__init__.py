@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from flowbp_ray.backbones.backbone import Backbone
+from flowbp_ray.backbones.backbone import Backbone, Encode
 from flowbp_ray.backbones.flux1 import FluxBackbone
 from flowbp_ray.backbones.flux2 import Flux2KleinBackbone
 from flowbp_ray.backbones.sd3 import SD3Backbone
@@ -27,6 +27,18 @@ def family_of(source: str | Path, revision: str | None = None) -> type[Backbone]
     return FAMILIES[name]
 
 
-def load(source: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None) -> Backbone:
-    """A model with the adapter of its family, without gradients anywhere."""
-    return family_of(source, revision).from_pretrained(source, dtype, device, revision)
+def load(
+    source: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    revision: str | None = None,
+    embeds: Encode | None = None,
+) -> Backbone:
+    """A model with the adapter of its family, without gradients anywhere.
+
+    With ``embeds`` it looks prompts up there and has no text encoders.
+    """
+    family = family_of(source, revision)
+    backbone = family.from_pretrained(source, dtype, device, revision, without=() if embeds is None else family.text_parts())
+    backbone.embeds = embeds
+    return backbone

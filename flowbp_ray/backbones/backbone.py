@@ -4,6 +4,7 @@ Latents, sigmas and sums stay float32 whatever the model's dtype: bfloat16 would
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -37,15 +38,24 @@ class Conditioning:
         return Conditioning({k: torch.cat([v, other.tensors[k]]) for k, v in self.tensors.items()})
 
 
+Encode = Callable[[list[str]], Conditioning]
+
+
 class Backbone(ABC):
     """A pipeline's parts behind the few functions that rollouts and surrogates need."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     vae_class: ClassVar[type[Any]]
-    #: The pipeline's parts that encode prompts.
+    #: The pipeline's parts that encode prompts; each has a tokenizer.
     text_encoders: ClassVar[tuple[str, ...]]
+    #: Tokens of a text: the stock pipeline's default. A tokenizer that is shorter says so itself.
+    max_sequence_length: ClassVar[int]
     #: What this pipeline's `load_lora_into_transformer` wants beside what all of them do.
     lora_loading: ClassVar[dict[str, Any]] = {}
+    #: What looks prompts up that were encoded before; None encodes them here.
+    embeds: Encode | None = None
+    #: Whether `velocity` evaluates guidance's two branches in one batch.
+    batched_branches: bool = True
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.pipeline = pipeline
@@ -55,14 +65,24 @@ class Backbone(ABC):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        revision: str | None = None,
+        without: Sequence[str] = (),
     ) -> Self:
-        """Load a pipeline folder or hub id, without gradients anywhere."""
-        pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtype, revision=revision).to(device)
+        """Load a pipeline folder or hub id, without gradients anywhere, and ``without`` these of its parts."""
+        pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtype, revision=revision, **dict.fromkeys(without)).to(device)
         for name in ("transformer", "vae", *cls.text_encoders):
             if (part := getattr(pipeline, name)) is not None:
                 part.requires_grad_(False).eval()
         return cls(pipeline)
+
+    @classmethod
+    def text_parts(cls) -> tuple[str, ...]:
+        """The text encoders and their tokenizers."""
+        return (*cls.text_encoders, *(name.replace("text_encoder", "tokenizer") for name in cls.text_encoders))
 
     @property
     def device(self) -> torch.device:
@@ -77,9 +97,17 @@ class Backbone(ABC):
     def check_guidance(self, guidance_scale: float) -> None:  # noqa: B027 - most families take any scale
         """ValueError where the checkpoint cannot be guided so."""
 
-    @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Encode prompts with all text encoders, without gradient; the empty prompt is the negative one."""
+        """Encode prompts, without gradient; the empty prompt is the negative one. Errors as `embeds` has, if that is set."""
+        if self.embeds is None:
+            return self.encode_texts(prompts)
+        found = self.embeds(prompts).tensors
+        # Lengths of texts stay on the host, which reads them.
+        return Conditioning({k: v.to(self.device) if v.is_floating_point() else v for k, v in found.items()})
+
+    @abstractmethod
+    def encode_texts(self, prompts: list[str]) -> Conditioning:
+        """Encode prompts with all text encoders."""
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -139,12 +167,17 @@ class Backbone(ABC):
     ) -> Tensor:
         """The guided velocity ``v_neg + guidance_scale·(v_cond − v_neg)`` (or embedded guidance's): float32, as ``latents``.
 
-        With a negative conditioning (one row) and ``guidance_scale`` above 1 both branches run as one batch.
+        With a negative conditioning (one row) and ``guidance_scale`` above 1 there are two branches.
         """
         if negative is None or guidance_scale <= 1 or self.embedded_guidance:
             return self.branch(latents, sigma, conditioning, guidance_scale)
-        both = negative.expand(len(latents)).join(conditioning)
-        unconditional, conditional = self.branch(torch.cat([latents, latents]), sigma, both, guidance_scale).chunk(2)
+        negatives = negative.expand(len(latents))
+        if self.batched_branches:
+            both = self.branch(torch.cat([latents, latents]), sigma, negatives.join(conditioning), guidance_scale)
+            unconditional, conditional = both.chunk(2)
+        else:
+            unconditional = self.branch(latents, sigma, negatives, guidance_scale)
+            conditional = self.branch(latents, sigma, conditioning, guidance_scale)
         return unconditional + guidance_scale * (conditional - unconditional)
 
     @torch.no_grad()

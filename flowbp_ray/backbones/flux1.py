@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
@@ -18,7 +18,6 @@ LORA_TARGETS = (
     *(f"{name}.{part}" for name in ("ff", "ff_context") for part in ("net.0.proj", "net.2")),
 )
 SINGLE_BLOCKS = ("proj_mlp", "proj_out")
-T5_TOKENS = 512  # the stock pipeline's default; a tokenizer that is shorter says so itself
 
 
 def positions(height: int, width: int) -> Tensor:
@@ -31,11 +30,8 @@ class FluxBackbone(Backbone):
 
     pipeline_class, vae_class = FluxPipeline, AutoencoderKL
     text_encoders = ("text_encoder", "text_encoder_2")
+    max_sequence_length = 512
     lora_loading: ClassVar = {"network_alphas": None}
-
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
-        super().__init__(pipeline)
-        self.max_sequence_length = min(pipeline.tokenizer_2.model_max_length, T5_TOKENS)
 
     @property
     def embedded_guidance(self) -> bool:
@@ -51,9 +47,10 @@ class FluxBackbone(Backbone):
             )
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Conditioning:
+    def encode_texts(self, prompts: list[str]) -> Conditioning:
         """``prompt_embeds (B, L, D)`` of T5 and ``pooled_prompt_embeds (B, P)`` of CLIP."""
-        embeds, pooled, _ = self.pipeline.encode_prompt(prompts, None, max_sequence_length=self.max_sequence_length)
+        length = min(self.pipeline.tokenizer_2.model_max_length, self.max_sequence_length)
+        embeds, pooled, _ = self.pipeline.encode_prompt(prompts, None, max_sequence_length=length)
         return Conditioning({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, DiffusionPipeline, Flux2KleinPipeline
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle
@@ -18,7 +18,6 @@ LORA_TARGETS = (
     *(f"{name}.{part}" for name in ("ff", "ff_context") for part in ("linear_in", "linear_out")),
 )
 SINGLE_BLOCKS = ("attn.to_qkv_mlp_proj", "attn.to_out")
-TOKENS = 512  # the stock pipeline's default; a tokenizer that is shorter says so itself
 
 
 class Flux2KleinBackbone(Backbone):
@@ -26,13 +25,7 @@ class Flux2KleinBackbone(Backbone):
 
     pipeline_class, vae_class = Flux2KleinPipeline, AutoencoderKLFlux2
     text_encoders = ("text_encoder",)
-
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
-        super().__init__(pipeline)
-        self.max_sequence_length = min(pipeline.tokenizer.model_max_length, TOKENS)
-        # Hidden states 9, 18 and 27 of Qwen3's, as published; of a shorter encoder as many, evenly.
-        layers = pipeline.text_encoder.config.num_hidden_layers
-        self.layers = (9, 18, 27) if layers >= 27 else tuple(round(layers * part / 3) for part in (1, 2, 3))
+    max_sequence_length = 512
 
     def check_guidance(self, guidance_scale: float) -> None:
         """Distilled checkpoints take none."""
@@ -43,11 +36,13 @@ class Flux2KleinBackbone(Backbone):
             )
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Conditioning:
+    def encode_texts(self, prompts: list[str]) -> Conditioning:
         """``prompt_embeds (B, L, D)``: three of Qwen3's hidden states, joined; padding reaches the transformer unmasked."""
-        embeds, _ = self.pipeline.encode_prompt(
-            prompts, max_sequence_length=self.max_sequence_length, text_encoder_out_layers=self.layers
-        )
+        length = min(self.pipeline.tokenizer.model_max_length, self.max_sequence_length)
+        # Hidden states 9, 18 and 27 of Qwen3's, as published; of a shorter encoder as many, evenly.
+        number = self.pipeline.text_encoder.config.num_hidden_layers
+        layers = (9, 18, 27) if number >= 27 else tuple(round(number * part / 3) for part in (1, 2, 3))
+        embeds, _ = self.pipeline.encode_prompt(prompts, max_sequence_length=length, text_encoder_out_layers=layers)
         return Conditioning({"prompt_embeds": embeds})
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from flowbp_ray.backbones.backbone import Backbone, Conditioning
@@ -17,7 +17,6 @@ LORA_TARGETS = (
 )
 #: Those of the second attention, which only some models have (Stable Diffusion 3.5 medium, in its first blocks).
 SECOND_ATTENTION = tuple(f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
-T5_TOKENS = 256  # the stock pipeline's default; a tokenizer that is shorter says so itself
 
 
 class SD3Backbone(Backbone):
@@ -25,16 +24,15 @@ class SD3Backbone(Backbone):
 
     pipeline_class, vae_class = StableDiffusion3Pipeline, AutoencoderKL
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
-
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
-        super().__init__(pipeline)
-        self.max_sequence_length = min(pipeline.tokenizer_3.model_max_length, T5_TOKENS) if pipeline.tokenizer_3 else T5_TOKENS
+    max_sequence_length = 256
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Conditioning:
+    def encode_texts(self, prompts: list[str]) -> Conditioning:
         """``prompt_embeds (B, L, D)`` of all encoders and ``pooled_prompt_embeds (B, P)`` of the CLIPs."""
+        t5 = self.pipeline.tokenizer_3
+        length = min(t5.model_max_length, self.max_sequence_length) if t5 else self.max_sequence_length
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
         )
         return Conditioning({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
 

@@ -11,7 +11,6 @@ LORA_TARGETS = (
     *(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
     *(f"feed_forward.{name}" for name in ("w1", "w2", "w3")),
 )
-TOKENS = 512
 
 
 class ZImageBackbone(Backbone):
@@ -22,12 +21,14 @@ class ZImageBackbone(Backbone):
 
     pipeline_class, vae_class = ZImagePipeline, AutoencoderKL
     text_encoders = ("text_encoder",)
+    max_sequence_length = 512
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Conditioning:
+    def encode_texts(self, prompts: list[str]) -> Conditioning:
         """``prompt_embeds (B, L, D)``, padded with zeros, and the ``lengths (B,)`` of the texts in them."""
-        texts, _ = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=TOKENS)
-        padded = torch.zeros(len(texts), TOKENS, texts[0].shape[-1], dtype=texts[0].dtype, device=texts[0].device)
+        length = self.max_sequence_length
+        texts, _ = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=length)
+        padded = torch.zeros(len(texts), length, texts[0].shape[-1], dtype=texts[0].dtype, device=texts[0].device)
         for row, text in zip(padded, texts, strict=True):
             row[: len(text)] = text
         return Conditioning({"prompt_embeds": padded, "lengths": torch.tensor([len(t) for t in texts])})

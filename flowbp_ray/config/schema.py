@@ -39,6 +39,9 @@ class Prompts(Section):
     path: paths.PromptsPath
     """A text file with one prompt a line, or a .jsonl file with "prompt" in every line; ``shapes`` means the
     embedded world's training prompts."""
+    embeds: paths.ExistingFolder | None = None
+    """A folder that ``python -m pipelines.encode_prompts`` filled, so that nobody loads text encoders; null encodes prompts when
+    they are needed."""
 
     @property
     def file(self) -> Path | None:
@@ -53,6 +56,8 @@ class Sampling(Section):
     """Sampler steps T, velocity evaluations per picture."""
     guidance_scale: NonNegativeFloat = 3.0
     """Weight of classifier-free guidance; at 1 and below there is none."""
+    batched_branches: bool = True
+    """Guidance's two branches in one batch; false evaluates one after the other, for half the memory."""
     grid: Literal["training", "stock"] = "training"
     """Noise levels: linspace(1, 1/steps), shifted once as the models were aligned, or what the stock pipeline takes by itself."""
     height: Pixels = 64

@@ -7,11 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowbp_ray import backbones
-from flowbp_ray.backbones.backbone import DTYPES
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.randomness import prompt_indices, seed_of
 from flowbp_ray.rollouts.batches import Block, Chunk, MicroBatch
+from flowbp_ray.rollouts.embeds import backbone_of
 from flowbp_ray.rollouts.plans import grid_of, plan_of
 from flowbp_ray.rollouts.rollout import roll_out
 from flowbp_ray.surrogate.inputs import noised_copies, reward_inputs, sample_weights
@@ -30,7 +29,7 @@ class Sampler:
             self.backbone = adapted(config, device)
             self.plain = plain_weights(self.backbone.transformer)
         else:
-            self.backbone = backbones.load(config.model.source, DTYPES[config.model.dtype], device, config.model.revision)
+            self.backbone = backbone_of(config, device)
         named = self.backbone.transformer.named_parameters()
         self.trained = {name: p for name, p in named if p.requires_grad or not config.adapter}
         self.negative = self.backbone.encode([""])

@@ -3,6 +3,7 @@
 Ray imports this module in every process that passes a stage on, so what loads torch is imported where a model is loaded.
 """
 
+import platform
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from flowbp_ray.shapes.preferences import watermarked
 from flowbp_ray.training import EXPORT_FILE
 
 ANSWER_WITHIN = 600  # seconds, for one micro-batch's rewards
+ENCODED_AT_ONCE = 16  # prompts, to one file: what each process loses by an interruption
 
 
 class Admission:
@@ -68,24 +70,48 @@ class RewardStage:
         return block
 
 
+class Encoder:
+    """Encodes prompts to a file in ``folder`` for each block. RuntimeError if the folder is not to be seen from here."""
+
+    def __init__(self, config: AlignConfig, folder: Path) -> None:
+        import torch
+
+        from flowbp_ray.backbones import family_of
+        from flowbp_ray.backbones.backbone import DTYPES
+        from flowbp_ray.rollouts import embeds
+
+        if not (folder / embeds.ENCODER_FILE).exists():
+            raise RuntimeError(f"{platform.node()} cannot see {folder}: set --output to a folder that all machines share")
+        torch.set_num_threads(config.cluster.threads)
+        device, model = "cuda" if config.cluster.sampler_gpus else "cpu", config.model
+        family, rest = family_of(model.source, model.revision), ("transformer", "vae")
+        self.backbone = family.from_pretrained(model.source, DTYPES[model.dtype], device, model.revision, without=rest)
+        self.folder, self.write = folder, embeds.write
+
+    def __call__(self, block: Block) -> Block:
+        """The same block, when its file is there."""
+        prompts = block["prompt"].tolist()
+        # A batch of another size is rounded otherwise, and what becomes of a prompt must not depend on who came with it. The
+        # negative prompt is encoded alone everywhere.
+        filling = [] if prompts == [""] else prompts[-1:] * (ENCODED_AT_ONCE - len(prompts))
+        self.write(self.folder, prompts, self.backbone.encode(prompts + filling)[: len(prompts)])
+        return block
+
+
 class Painter:
     """Samples finished latents with an exported adapter (its file's bytes), an exported pipeline, or the base model."""
 
     def __init__(self, config: AlignConfig, exported: bytes | Path | None) -> None:
         import torch
 
-        from flowbp_ray import backbones
-        from flowbp_ray.backbones.backbone import DTYPES
+        from flowbp_ray.rollouts.embeds import backbone_of
         from flowbp_ray.training.adapter import load_export, merge, plain_weights
 
         torch.set_num_threads(config.cluster.threads)
         device = "cuda" if config.cluster.sampler_gpus else "cpu"
-        model, self.sampling = config.model, config.sampling
-        if isinstance(exported, Path):
-            self.backbone = backbones.load(exported, DTYPES[model.dtype], device)
-            return
-        self.backbone = backbones.load(model.source, DTYPES[model.dtype], device, model.revision)
-        if exported is not None:
+        self.sampling = config.sampling
+        self.backbone = backbone_of(config, device, exported if isinstance(exported, Path) else None)
+        if isinstance(exported, bytes):
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / EXPORT_FILE).write_bytes(exported)
                 load_export(self.backbone, Path(folder))

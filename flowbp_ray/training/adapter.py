@@ -18,11 +18,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from flowbp_ray import backbones
-from flowbp_ray.backbones.backbone import DTYPES, Backbone
+from flowbp_ray.backbones.backbone import Backbone
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.config.surrogates import Surrogate
 from flowbp_ray.randomness import seed_of
+from flowbp_ray.rollouts.embeds import backbone_of
 from flowbp_ray.surrogate.backward import Guidance
 from flowbp_ray.training import EXPORT_FILE, NOTE_FILE
 from flowbp_ray.training.weights import State, whole
@@ -50,7 +50,7 @@ def adapted(config: AlignConfig, device: str) -> Backbone:
     Errors as `check_start` and `load_export` have them.
     """
     check_start(config)
-    backbone = backbones.load(config.model.source, DTYPES[config.model.dtype], device, config.model.revision)
+    backbone = backbone_of(config, device)
     backbone.check_guidance(config.sampling.guidance_scale)
     adapter = config.adapter
     assert adapter is not None

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import AdamW
 
-from flowbp_ray import backbones
 from flowbp_ray.backbones.backbone import DTYPES, Backbone
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.batches import Block, Chunk, policy_version
+from flowbp_ray.rollouts.embeds import backbone_of
 from flowbp_ray.rollouts.plans import grid_of, plan_of
 from flowbp_ray.surrogate.plan import Plan
 from flowbp_ray.training import adapter, full
@@ -166,7 +166,7 @@ def trainable(config: AlignConfig, device: str) -> Backbone:
     """The model of a configuration with what is trained requiring gradients: an adapter, or the whole transformer."""
     if config.adapter:
         return adapter.adapted(config, device)
-    backbone = backbones.load(config.model.source, DTYPES[config.model.dtype], device, config.model.revision)
+    backbone = backbone_of(config, device)
     backbone.check_guidance(config.sampling.guidance_scale)
     backbone.transformer.requires_grad_(True)
     return backbone

@@ -55,6 +55,17 @@ def test_same_pictures_as_the_stock_pipeline(folder, guidance_scale):
     assert (ours - stock(folder, guidance_scale)).abs().max() <= 1e-4
 
 
+def test_guidances_branches_are_the_same_one_after_the_other(folder):
+    backbone = backbones.load(folder)
+    settings = {"steps": STEPS, "guidance_scale": 3.5, **SIZE}
+    batched = backbone.sample_latents(PROMPTS, SEEDS, **settings)
+    backbone.batched_branches = False
+    sizes, branch = [], backbone.branch
+    backbone.branch = lambda latents, *more: sizes.append(len(latents)) or branch(latents, *more)
+    torch.testing.assert_close(backbone.sample_latents(PROMPTS, SEEDS, **settings), batched, rtol=0, atol=1e-4)
+    assert sizes == [len(PROMPTS)] * STEPS * (1 if backbone.embedded_guidance else 2)
+
+
 def test_stock_and_training_grid_of_sd3(tiny_pipeline):
     """Of the families only this one's differ; both run from 1 to 0."""
     backbone = backbones.load(tiny_pipeline)

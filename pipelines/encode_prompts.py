@@ -1,0 +1,124 @@
+"""Encode all prompts of a recipe once, into a folder of embeddings that align then reads in place of loading text encoders.
+
+    python -m pipelines.encode_prompts my.yaml --output embeds
+    python -m pipelines.align my.yaml prompts.embeds=embeds
+
+On this machine or on the cluster of RAY_ADDRESS, by cluster.samplers processes. What is in the folder is not encoded again: the
+same command goes on where it stopped, and adds the prompts of another recipe for the same model.
+"""
+
+import argparse
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+from flowbp_ray.config import AlignConfig, ConfigError, load, paths
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.encode_prompts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="a YAML file, as for align; its model and all its prompts are taken")
+    parser.add_argument("overrides", nargs="*", metavar="section.setting=value", help="what to change in it")
+    parser.add_argument("--output", type=Path, required=True, help="the folder, which all machines of a cluster have to share")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, say what is to be encoded, and start nothing")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    """Check, encode what is missing, and say what to do with it."""
+    args = arguments()
+    try:
+        # The folder may be in the recipe already, before it is there.
+        config = load(args.config, [*args.overrides, "prompts.embeds=null"])
+        folder = paths.folder_to_be(paths.absolute(args.output))
+        from pipelines import quiet_libraries
+
+        quiet_libraries()
+        from pipelines.align import interrupt, pinned
+
+        config = pinned(config)
+        if args.dry_run:
+            print(intended(config, folder))
+            return
+        from flowbp_ray.rollouts import embeds
+        from pipelines.alignment import cluster, reason
+
+        prompts = embeds.wanted(config)
+        missing = embeds.start(config, folder).missing(prompts)
+    except (ConfigError, ValueError, OSError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: nothing was started")
+    try:
+        if missing:
+            # Nobody trains or scores meanwhile, so nothing has to be free for that.
+            others = dict.fromkeys(("trainer_cpus", "trainer_gpus", "reward_cpus", "reward_gpus"), 0.0)
+            with cluster(config.model_copy(update={"cluster": config.cluster.model_copy(update=others)})):
+                signal.signal(signal.SIGTERM, interrupt)  # `ray job stop`; from now on, since ray.init takes it for itself
+                encode(config, folder, missing)
+    except KeyboardInterrupt:
+        sys.exit(f"\ninterrupted: nothing runs any more; the same command goes on from what is in {folder}")
+    except Exception as error:  # the boundary to the user, as in align
+        sys.exit(f"\nstopped: {reason(error)}\nthe same command goes on from what is in {folder}")
+    size = sum(f.stat().st_size for f in folder.glob("*.parquet")) / 2**20
+    print(f"encoded {len(missing):,} prompts, {len(prompts) - len(missing):,} were there; {folder} has {size:,.1f} MiB")
+    given = shlex.join([str(args.config), *args.overrides, f"prompts.embeds={folder}"])
+    print(f"next     python -m pipelines.align {given}")
+
+
+def intended(config: AlignConfig, folder: Path) -> str:
+    """What would be encoded, and where to. ValueError if the folder is another encoder's."""
+    from flowbp_ray.rollouts import embeds
+
+    missing = prompts = embeds.wanted(config)
+    if (folder / embeds.ENCODER_FILE).exists():
+        begun = embeds.Embeds(folder)
+        begun.check(embeds.whole_encoder_of(config))
+        missing = begun.missing(prompts)
+    return (
+        f"{len(prompts):,} prompts, the empty one among them; {len(prompts) - len(missing):,} of them are in {folder}, "
+        f"{len(missing):,} are to be encoded by {config.cluster.samplers} processes. Nothing was started."
+    )
+
+
+def encode(config: AlignConfig, folder: Path, prompts: list[str]) -> None:
+    """Encode these on the connected cluster. RuntimeError if they cannot be seen from here afterwards."""
+    import pyarrow as pa
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    from flowbp_ray.rollouts.embeds import Embeds
+    from flowbp_ray.rollouts.stages import ENCODED_AT_ONCE, Encoder
+    from pipelines.alignment import progress, quiet_streams
+
+    quiet_streams()
+    cluster = config.cluster
+    texts = [p for p in prompts if p]
+    batches = [texts[start : start + ENCODED_AT_ONCE] for start in range(0, len(texts), ENCODED_AT_ONCE)]
+    if "" in prompts:
+        batches.append([""])
+    encoded = ray.data.from_arrow([pa.table({"prompt": batch}) for batch in batches]).map_batches(
+        Encoder,
+        fn_constructor_args=(config, folder),
+        compute=ActorPoolStrategy(size=cluster.samplers),
+        num_cpus=cluster.sampler_cpus,
+        num_gpus=cluster.sampler_gpus,
+        batch_size=None,
+        batch_format="numpy",
+    )
+    with progress(len(prompts), "encode", "prompt") as bar:
+        for block in encoded.iter_batches(batch_size=None, batch_format="numpy"):
+            bar.update(len(block["prompt"]))
+    if lost := Embeds(folder).missing(prompts):
+        raise RuntimeError(
+            f"{len(lost):,} prompts were encoded, but their files are not in {folder}: set --output to a folder that all "
+            "machines of the cluster share"
+        )
+
+
+if __name__ == "__main__":
+    main()
