@@ -107,10 +107,10 @@ def test_sampler_learner_and_evaluation_do_the_same_with_them_and_hold_no_text_e
         gradients = np.random.default_rng(0).standard_normal(block["inputs"].shape).astype(np.float32)
         learner.accumulate(block | {"gradients": gradients})
         shown = learner.preview(EVALUATION * 2, [1, 2, 3, 4])
-        painter = Painter(config, None)
-        painted = painter(block_of(EVALUATION * 2) | {"seed": np.arange(4)})["latents"]
+        painters = Painter(config, None), Painter(config, Path(config.model.source))
+        painted = [paint(block_of(EVALUATION * 2) | {"seed": np.arange(4)})["latents"] for paint in painters]
         results.append((block, learner.weights.gradient, shown, painted))
-        for held in (learner.backbone, sampler.backbone, painter.backbone):
+        for held in (learner.backbone, sampler.backbone, *(painter.backbone for painter in painters)):
             parts = [getattr(held.pipeline, name) for name in held.text_parts()]
             assert [part is None for part in parts] == [config.prompts.embeds is not None] * len(parts)
     (one, gradient, shown, painted), (other, *same) = results
@@ -120,6 +120,7 @@ def test_sampler_learner_and_evaluation_do_the_same_with_them_and_hold_no_text_e
     assert torch.equal(gradient, same[0])
     assert torch.equal(shown, same[1])
     np.testing.assert_array_equal(painted, same[2])
+    np.testing.assert_array_equal(*painted)
 
 
 def test_who_encodes_holds_nothing_else(family, tmp_path):
