@@ -42,9 +42,6 @@ def main() -> None:
     args = arguments()
     try:
         config = load(args.config, args.overrides, args.more)
-        from pipelines import quiet_libraries
-
-        quiet_libraries()
         config = pinned(config)
         plan = intended(config)
         if args.dry_run:
@@ -105,7 +102,8 @@ def intended(config: AlignConfig) -> str:
     ValueError or OSError for what would stop the run later: prompts, their embeddings, rewards and the adapter to start from are
     looked at.
     """
-    from flowbp_ray.backbones.grids import shifted_grid
+    import numpy as np
+
     from flowbp_ray.rollouts.plans import plan_of
     from flowbp_ray.rollouts.prompts import read_prompts
 
@@ -127,7 +125,7 @@ def intended(config: AlignConfig) -> str:
         [
             masked(dump(config)),
             "The first step's surrogate, on a grid without shift:",
-            plan_of(config, shifted_grid(config.sampling.steps, 1.0), 0).table(),
+            plan_of(config, np.linspace(1, 0, config.sampling.steps + 1), 0).table(),
             "",
             f"{train.steps} steps of {train.batch} samples from {len(prompts)} prompts, {pictures} pictures to evaluate; "
             f"processes reserve {reserved}.",

@@ -54,12 +54,11 @@ def cell(file: Path, overrides: list[str], seed: int) -> AlignConfig:
 
 def check_budgets(configs: dict[str, AlignConfig]) -> None:
     """ConfigError where the methods would not be compared on equal terms."""
-    from flowbp_ray.backbones.grids import shifted_grid
     from flowbp_ray.rollouts.plans import plan_of
     from flowbp_ray.tracking.run import flattened
 
     def scored(config: AlignConfig) -> int:
-        return config.train.batch * len(plan_of(config, shifted_grid(config.sampling.steps, 1.0), 0).reward_inputs)
+        return config.train.batch * len(plan_of(config, np.linspace(1, 0, config.sampling.steps + 1), 0).reward_inputs)
 
     (first, reference), *others = configs.items()
     for name, config in others:
@@ -86,9 +85,6 @@ def main() -> None:
             raise ConfigError(f"two configurations are named {twice[0]}: a method is named as its file, so rename one")
         planned = {(f.stem, s): cell(f, args.overrides, s) for s in range(args.seeds) for f in args.files}
         first = planned[names[0], 0]
-        from pipelines import quiet_libraries
-
-        quiet_libraries()
         if not first.evaluation.checked:
             raise ConfigError(f"evaluation.prompts is {first.evaluation.prompts}: methods are compared on shapes alone")
         check_budgets({n: planned[n, 0] for n in names})
@@ -116,7 +112,10 @@ def compare(planned: dict[tuple[str, int], AlignConfig], folder: Path, seeds: in
     """Run what is missing in ``folder`` on one cluster, and write and log table, chart and pictures."""
     from flowbp_ray import backbones
     from flowbp_ray.rollouts.plans import grid_of
+    from pipelines import quiet_libraries
     from pipelines.alignment import cluster
+
+    quiet_libraries()
 
     first = next(iter(planned.values()))
     of_base = {(BASE, s): next(c for (_, seed), c in planned.items() if seed == s) for s in range(seeds)}

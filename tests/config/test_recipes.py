@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flowbp_ray.backbones.grids import shifted_grid
 from flowbp_ray.backbones.published import PUBLISHED
 from flowbp_ray.config import load
 from flowbp_ray.rollouts.plans import plan_of
@@ -44,6 +43,6 @@ def test_a_recipe_resolves_and_plans(recipe, prompts):
         for height, width in SIZES:
             assert load(recipe, [*prompts, f"sampling.height={height}", f"sampling.width={width}"]).sampling.height == height
     for step in range(20):
-        plan = plan_of(config, shifted_grid(25, 3.0), step)
+        plan = plan_of(config, np.linspace(1, 0, 26), step)
         assert plan.steps == 25
         assert np.isfinite([a.coefficient for a in plan.active]).all()
