@@ -112,7 +112,12 @@ def intended(config: AlignConfig) -> str:
 
         check_start(config)
     for number, component in enumerate(config.reward.components):
-        check_model(f"reward.components.{number}.path", component.source, paths.REWARD_INDEX, None)
+        if component.kind == "function":
+            from flowbp_ray.rewards.user import imported
+
+            imported(component.source)
+        for setting, source, file in component.files():
+            check_model(f"reward.components.{number}.{setting}", source, file, None)
     if config.prompts.embeds:
         from flowbp_ray.rollouts import embeds
 
@@ -137,31 +142,38 @@ def intended(config: AlignConfig) -> str:
 def pinned(config: AlignConfig) -> AlignConfig:
     """The configuration with the commit that its model's revision is now, so that all processes load, and the run's record
     has, the same one. OSError if there is no such model."""
-    folder = check_model("model.path", config.model.source, paths.MODEL_INDEX, config.model.revision)
-    if folder is None:
-        return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"revision": folder.name})})
-
-
-def check_model(setting: str, source: str, index: str, revision: str | None) -> Path | None:
-    """The hub's folder of the source, named by its commit, in the cache here; None if the source is a folder itself. OSError
-    unless either has the file ``index``."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
-    if Path(source).is_absolute():  # a folder that has it, or the configuration would have been refused
-        return None
+    source, revision = config.model.source, config.model.revision
+    check_model("model.path", source, paths.MODEL_INDEX, revision)
+    if Path(source).is_absolute():
+        return config
+    folder = snapshot_download(source, revision=revision, allow_patterns=[paths.MODEL_INDEX])  # named by its commit
+    return config.model_copy(update={"model": config.model.model_copy(update={"revision": Path(folder).name})})
+
+
+def check_model(setting: str, source: str, file: str, revision: str | None) -> None:
+    """OSError unless the source is on this machine, or the Hugging Face hub (or its cache here) has the ``file`` of it.
+
+    Nothing is downloaded: a reward's file may have gigabytes, and the machine that loads it may be another.
+    """
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import DryRunError, HfHubHTTPError
+
+    # A path on this machine has it, or the configuration would have been refused.
+    if Path(source).is_absolute() or isinstance(try_to_load_from_cache(source, file, revision=revision), str):
+        return
     nothing = f"{setting} is {source!r}: there is no such folder here, and the Hugging Face hub does not give"
     try:
         # Unlike a model's from_pretrained this does not go on trying for half a minute where there is no network.
-        folder = snapshot_download(source, revision=revision, allow_patterns=[index], etag_timeout=10)
+        there = snapshot_download(source, revision=revision, allow_patterns=[file], etag_timeout=10, dry_run=True)
     except OSError as error:
-        lines = [line for line in str(error).splitlines() if line]
+        reason = error.__cause__ if isinstance(error, DryRunError) and error.__cause__ else error
+        lines = [line for line in str(reason).splitlines() if line]
         # An HTTP error begins with its number, and says in the second line what it is about.
-        raise OSError(f"{nothing} it ({' '.join(lines[: 2 if isinstance(error, HfHubHTTPError) else 1])})") from error
-    if not (Path(folder) / index).exists():
-        raise OSError(f"{nothing} its {index}: name a repository in the library's own format")
-    return Path(folder)
+        raise OSError(f"{nothing} it ({' '.join(lines[: 2 if isinstance(reason, HfHubHTTPError) else 1])})") from error
+    if not there:
+        raise OSError(f"{nothing} its {file}: name a repository that has it")
 
 
 if __name__ == "__main__":

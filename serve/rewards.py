@@ -12,6 +12,7 @@ import torch
 from ray import serve
 from torch import Tensor
 
+from flowbp_ray import rewards
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.pictures import to_uint8
 from flowbp_ray.rewards.objective import Component, objective, scored
@@ -38,7 +39,6 @@ class Rewards:
     def __init__(self, config: AlignConfig) -> None:
         from flowbp_ray.backbones import family_of
         from flowbp_ray.backbones.backbone import DTYPES
-        from flowbp_ray.rewards.clip import CLIPScore
 
         torch.set_num_threads(config.cluster.threads)
         device = "cuda" if config.cluster.reward_gpus else "cpu"
@@ -47,7 +47,7 @@ class Rewards:
             config.model.source, subfolder="vae", revision=config.model.revision, torch_dtype=DTYPES[config.model.dtype]
         )
         self.vae.requires_grad_(False).eval().to(device)
-        self.components = [Component(c.name, CLIPScore(c.source).to(device), c.weight, c.clip) for c in config.reward.components]
+        self.components = [Component(c.name, rewards.load(c).to(device), c.weight, c.clip) for c in config.reward.components]
 
     def score(self, latents: np.ndarray, prompts: list[str]) -> Scores:
         """Decode ``latents (B, C, h, w)``, score, and differentiate the objective.

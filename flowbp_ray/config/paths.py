@@ -18,8 +18,8 @@ REWARD_MODELS = {"shapes/reward": shapes.REWARD, "shapes/judge": shapes.JUDGE}
 #: The word for the embedded world's training prompts.
 TRAINING_PROMPTS = "shapes"
 
-#: The files that a pipeline's and a reward model's folder begin with.
-MODEL_INDEX, REWARD_INDEX = "model_index.json", "config.json"
+#: The files that a pipeline's, a reward model's and a tokenizer's folder begin with.
+MODEL_INDEX, REWARD_INDEX, TOKENIZER_INDEX = "model_index.json", "config.json", "tokenizer_config.json"
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -67,13 +67,39 @@ def model(text: str, embedded: dict[str, Path], index: str) -> str:
         if not (path / index).is_file():
             raise ValueError(f"the folder {path} has no {index}: name the folder that save_pretrained wrote")
         return str(path)
-    if HUB_ID.fullmatch(text) and not text.startswith("shapes/"):
+    if hub_id(text):
         return text
-    close = get_close_matches(text, embedded, n=1)
-    hint = (
-        f"did you mean {close[0]!r}?" if close else f"give a folder, a Hugging Face id (owner/name), or {' or '.join(embedded)}"
-    )
-    raise ValueError(f"there is no model folder {path}: {hint}")
+    if close := get_close_matches(text, embedded, n=1):
+        raise ValueError(f"there is no model folder {path}: did you mean {close[0]!r}?")
+    words = f", or {' or '.join(embedded)}" if embedded else ""
+    raise ValueError(f"there is no model folder {path}: give a folder, a Hugging Face id (owner/name){words}")
+
+
+def file(text: str, name: str) -> str:
+    """The absolute path of a file that is there (in a folder, the one of that ``name``), or a Hugging Face id."""
+    path = absolute(text)
+    if path.is_dir():
+        if not (path / name).is_file():
+            raise ValueError(f"the folder {path} has no {name}: name a folder that has it")
+        return str(path / name)
+    if path.is_file():
+        return str(path)
+    if hub_id(text):
+        return text
+    raise ValueError(f"there is no file {path}: give {name}, a folder that has it, or a Hugging Face id (owner/name)")
+
+
+def import_path(text: str) -> str:
+    """The text, if it can be an import path ``package.module:name``."""
+    module, _, name = text.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise ValueError(f"{text!r} is no import path: write package.module:name")
+    return text
+
+
+def hub_id(text: str) -> bool:
+    """Whether the text can be a Hugging Face id; the embedded models' words look like one."""
+    return HUB_ID.fullmatch(text) is not None and not text.startswith("shapes/")
 
 
 def _path(value: object) -> object:
@@ -85,4 +111,3 @@ Folder = Annotated[AbsolutePath, AfterValidator(folder_to_be)]
 ExistingFolder = Annotated[AbsolutePath, AfterValidator(existing)]
 PromptsPath = Annotated[str, AfterValidator(prompts)]
 ModelPath = Annotated[str, AfterValidator(lambda text: model(text, MODELS, MODEL_INDEX))]
-RewardModelPath = Annotated[str, AfterValidator(lambda text: model(text, REWARD_MODELS, REWARD_INDEX))]

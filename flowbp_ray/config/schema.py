@@ -6,9 +6,10 @@ A setting without a default says what a run is and has to be given.
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, Strict, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from flowbp_ray.config import paths
+from flowbp_ray.config.reward import Reward
 from flowbp_ray.config.section import Section, Text
 from flowbp_ray.config.surrogates import AnySurrogate
 from flowbp_ray.config.training import Adapter, Cluster, Evaluation, Tracking, Train
@@ -64,41 +65,6 @@ class Sampling(Section):
     """Pixels."""
     width: Pixels = 64
     """Pixels."""
-
-
-class RewardComponent(Section):
-    """One reward model and its part in the objective J = Σ weight · min(reward, clip)."""
-
-    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-    """Its name in metrics: letters, digits, ``_``, ``.`` and ``-``."""
-    path: paths.RewardModelPath
-    """A folder or Hugging Face id; ``shapes/reward`` and ``shapes/judge`` mean the embedded ones."""
-    weight: NonNegativeFloat
-    """Its factor in the objective; 0 is monitored only."""
-    clip: float | None = None
-    """Above this score there is nothing more to gain; null is no bound."""
-
-    @property
-    def source(self) -> str:
-        """What ``from_pretrained`` takes."""
-        return str(paths.REWARD_MODELS.get(self.path, self.path))
-
-
-class Reward(Section):
-    """What the pictures are scored by."""
-
-    components: Annotated[tuple[RewardComponent, ...], Strict(False)]
-    """The list of reward models, each with name, path and weight."""
-
-    @field_validator("components")
-    @classmethod
-    def _objective(cls, components: tuple[RewardComponent, ...]) -> tuple[RewardComponent, ...]:
-        names = [c.name for c in components]
-        if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise ValueError(f"{twice[0]!r} is the name of two components: give each its own")
-        if not any(c.weight for c in components):
-            raise ValueError("no component has a weight above 0, so there is nothing to train for: give one a weight")
-        return components
 
 
 class AlignConfig(Section):

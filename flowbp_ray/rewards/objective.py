@@ -56,13 +56,17 @@ def objective(latents: Tensor, prompts: list[str], decode: Callable[[Tensor], Te
 
 
 def scored(component: Component, pictures: Tensor, prompts: list[str]) -> Tensor:
-    """One component's scores ``(B,)``; ValueError for another shape, DeadRewardError where one is not finite."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and component.weight != 0):
+    """One component's scores ``(B,)``; ValueError for another shape or where nothing can be differentiated, DeadRewardError
+    where one is not finite."""
+    differentiated = torch.is_grad_enabled() and component.weight != 0
+    with torch.set_grad_enabled(differentiated):
         scores = component.score(pictures if component.weight else pictures.detach(), prompts)
     if scores.shape != (len(prompts),):
         raise ValueError(
             f"the reward {component.name!r} gave {tuple(scores.shape)} for {len(prompts)} pictures, not one value each"
         )
+    if differentiated and not scores.requires_grad:  # autograd would take its gradient for 0
+        raise ValueError(f"the reward {component.name!r} has no gradient at the pictures: only with weight 0 can it be watched")
     if not torch.isfinite(scores).all():
         odd = [p for p, s in zip(prompts, scores, strict=True) if not torch.isfinite(s)]
         raise DeadRewardError(f"the reward {component.name!r} is not finite for the prompts {odd}")

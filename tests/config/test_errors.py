@@ -11,6 +11,7 @@ reward:
     - {name: preference, path: shapes/reward, weight: 1}
     - {name: judge, path: shapes/judge, weight: 0}
 """
+FIRST = "reward.components.0={name: a, weight: 1, "
 
 
 def refusal(path, *overrides):
@@ -79,6 +80,32 @@ def good(tmp_path):
         ("reward.components.0.path=shapes/rewrad", "/shapes/rewrad: did you mean 'shapes/reward'?"),
         ("model.path=/etc", "model.path: the folder /etc has no model_index.json: name the folder that save_pretrained wrote"),
         ("reward.components.0.path=/etc", "reward.components.0.path: the folder /etc has no config.json: name the folder"),
+        ("reward.components.0.kind=hps", "reward.components.0.kind must be 'clip', 'clip_score', 'hpsv2', 'image_reward', "),
+        (
+            "reward.components.0.kind=hpsv2",
+            "/shapes/reward: give HPS_v2.1_compressed.pt, a folder that has it, or a Hugging Face",
+        ),
+        (f"{FIRST}kind: image_reward, path: /etc}}", "reward.components.0.path: the folder /etc has no ImageReward.pt: name a"),
+        (
+            f"{FIRST}kind: aesthetic, path: /no/such.pth}}",
+            "reward.components.0.path: there is no file /no/such.pth: give sac+logos",
+        ),
+        (
+            f"{FIRST}kind: function, path: score}}",
+            "reward.components.0.path: 'score' is no import path: write package.module:name",
+        ),
+        (
+            f"{FIRST}kind: function, path: 'a:b', encoder: c/d}}",
+            "reward.components.0.encoder: a function has none: set it to null",
+        ),
+        (
+            f"{FIRST}path: shapes/reward, encoder: /etc}}",
+            "reward.components.0.encoder: the folder /etc has no tokenizer_config.json",
+        ),
+        (
+            f"{FIRST}path: shapes/reward, encoder: /no/such}}",
+            "there is no model folder /no/such: give a folder, a Hugging Face id",
+        ),
         ("prompts.path=/no/such.txt", "prompts.path: there is no file /no/such.txt; 'shapes' means"),
         ("adapter.init_from=/no/such", "adapter.init_from: there is no folder /no/such"),
         ("output=/etc/passwd", "output: /etc/passwd is a file: name a folder"),
@@ -177,3 +204,10 @@ def test_guidance_that_is_off_cannot_be_compensated(good):
 )
 def test_sentences_about_a_choice_of_methods_leave_pydantics_tags_out(good, settings, sentence):
     assert refusal(good, f"surrogate={settings}").startswith(sentence)
+
+
+def test_a_clip_without_a_tokenizer_needs_one(good, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    message = refusal(good, f"reward.components.0.path={tmp_path}")
+    assert message.startswith(f"reward.components.0.encoder: the folder {tmp_path} has no tokenizer_config.json")
+    assert load(good, [f"{FIRST}path: {tmp_path}, encoder: owner/name}}"]).reward.components[0].encoder_source == "owner/name"

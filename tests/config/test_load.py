@@ -124,6 +124,30 @@ def test_the_words_for_the_embedded_default():
     assert config.output == Path("~/.flowbp_ray/runs").expanduser()
 
 
+@pytest.mark.parametrize(
+    ("kind", "file", "encoder"),
+    [
+        ("hpsv2", "HPS_v2.1_compressed.pt", "openai/clip-vit-large-patch14"),
+        ("image_reward", "ImageReward.pt", "google-bert/bert-base-uncased"),
+        ("aesthetic", "sac+logos+ava1-l14-linearMSE.pth", "openai/clip-vit-large-patch14"),
+    ],
+)
+def test_a_checkpoint_is_a_file_the_folder_of_it_or_a_hub_id(kind, file, encoder, tmp_path):
+    (tmp_path / file).touch()
+    for path, source in ((tmp_path / file, str(tmp_path / file)), (tmp_path, str(tmp_path / file)), ("owner/name", "owner/name")):
+        config = load(SPARSE, [f"reward.components.0={{name: a, kind: {kind}, path: {path}, weight: 1}}"])
+        component = config.reward.components[0]
+        assert (component.source, component.encoder_source) == (source, encoder)
+        assert component.files()[0][::2] == ("path", file)
+        assert reload(config, tmp_path) == config
+
+
+def test_a_function_needs_no_files():
+    config = load(SPARSE, ["reward.components.0={name: a, kind: function, path: 'pack.age:name', weight: 1}"])
+    assert config.reward.components[0].source == "pack.age:name"
+    assert config.reward.components[0].files() == []
+
+
 def test_a_configuration_travels_to_other_processes_and_stays_as_it_is():
     config = load(SPARSE, [])
     assert pickle.loads(pickle.dumps(config)) == config

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
@@ -73,6 +74,11 @@ def test_further_files_change_the_first_one(tmp_path):
             "model.path is 'models/mine': there is no such folder here, and the Hugging Face hub does not ",
         ),
         ("reward.components.1.path=owner/judge", "reward.components.1.path is 'owner/judge': there is no such folder here"),
+        ("reward.components.1.encoder=owner/judge", "reward.components.1.encoder is 'owner/judge': there is no such folder here"),
+        (
+            "reward.components.1={name: mine, kind: function, path: 'no_such:score', weight: 0}",
+            "the reward no_such:score cannot be imported: ModuleNotFoundError: No module named 'no_such'",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence_without_a_traceback(override, sentence):
@@ -133,3 +139,21 @@ def test_a_missing_configuration_is_named(tmp_path):
     result = run(str(tmp_path / "none.yaml"))
     assert result.returncode == 1
     assert "none.yaml" in result.stderr
+
+
+def test_the_hub_is_asked_for_a_models_file_and_nothing_is_downloaded(monkeypatch, tmp_path):
+    def listed(source, **options):
+        assert options["dry_run"]
+        return options["allow_patterns"] if source == "owner/good" else []
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", listed)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    align.check_model("model.path", "owner/good", "f.pt", None)
+    with pytest.raises(OSError, match=r"model\.path is 'owner/other': .* does not give its f\.pt: name a repository that has it"):
+        align.check_model("model.path", "owner/other", "f.pt", None)
+    cached = tmp_path / "models--owner--other"
+    (cached / "snapshots" / "abc").mkdir(parents=True)
+    (cached / "snapshots" / "abc" / "f.pt").touch()
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    align.check_model("model.path", "owner/other", "f.pt", None)

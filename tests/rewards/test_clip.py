@@ -44,7 +44,7 @@ def test_another_size_is_resized_and_cropped_as_clip_does_to_five_levels(shape):
 def test_scores_are_logit_scale_times_cosine(folder):
     reward = CLIPScore(folder)
     images, prompts = torch.rand(3, 3, 64, 64), ["a ring", "two crosses", "a red ring above a cross"]
-    tokens = reward.tokenizer(prompts, padding="max_length", return_tensors="pt")
+    tokens = reward.tokens.tokenizer(prompts, padding="max_length", return_tensors="pt")
     output = reward.model(input_ids=tokens.input_ids, pixel_values=pixel_values(images, 64))
     torch.testing.assert_close(reward(images, prompts), output.logits_per_image.diagonal())
 
@@ -64,3 +64,18 @@ def test_scores_carry_gradients_to_the_pictures_alone(folder):
 def test_a_prompt_for_every_picture(folder):
     with pytest.raises(ValueError, match="2 pictures but 1 prompts"):
         CLIPScore(folder)(torch.rand(2, 3, 64, 64), ["a ring"])
+
+
+def test_a_long_prompt_is_cut_and_that_is_said_once(folder, recwarn):
+    reward = CLIPScore(folder)
+    images, long = torch.rand(1, 3, 64, 64), " ".join(["ring"] * 20)
+    scores = reward(images, [long])
+    reward(images, [long])
+    assert [str(w.message) for w in recwarn] == [f"{folder} reads 16 tokens and {long!r} has 22: its end is not scored"]
+    torch.testing.assert_close(reward(images, [" ".join(["ring"] * 14)]), scores)
+
+
+def test_a_tokenizer_may_lie_elsewhere(folder, tmp_path):
+    clip_tokenizer().save_pretrained(tmp_path)
+    images = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(CLIPScore(folder, tmp_path)(images, ["a ring"]), CLIPScore(folder)(images, ["a ring"]))

@@ -65,3 +65,13 @@ def test_a_gradient_that_is_not_finite_is_an_error():
 def test_one_value_for_each_picture():
     with pytest.raises(ValueError, match=r"'mean' gave .* for 3 pictures, not one value each"):
         objective(LATENTS, PROMPTS, decode, [Component("mean", lambda i, p: i.mean(), 1.0)])
+
+
+def test_a_reward_without_a_gradient_can_only_be_watched():
+    def judged(images, prompts):
+        return brightness(images, prompts).detach()
+
+    with pytest.raises(ValueError, match="the reward 'judged' has no gradient at the pictures: only with weight 0"):
+        objective(LATENTS, PROMPTS, decode, [Component("b", brightness, 1.0), Component("judged", judged, 1.0)])
+    scored = objective(LATENTS, PROMPTS, decode, [Component("b", brightness, 1.0), Component("judged", judged, 0.0)])
+    torch.testing.assert_close(scored.components["judged"], scored.components["b"])

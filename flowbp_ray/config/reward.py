@@ -1,0 +1,110 @@
+"""What pictures are scored by: each reward's kind and files, and its part in the objective."""
+
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field, NonNegativeFloat, Strict, ValidationInfo, field_validator
+
+from flowbp_ray.config import paths
+from flowbp_ray.config.section import Section, Text
+
+CLIP, BERT = "openai/clip-vit-large-patch14", "google-bert/bert-base-uncased"
+
+
+class Files(NamedTuple):
+    """What a kind of reward is read from."""
+
+    weights: str
+    """The file that a folder or repository of the model has."""
+    encoder: str | None
+    """The published tokenizer or CLIP beside it; None if the model's folder has its own."""
+    encoder_index: str
+    """The file that a folder or repository of that has."""
+
+
+FILES = {
+    "clip": Files(paths.REWARD_INDEX, None, paths.TOKENIZER_INDEX),
+    "clip_score": Files(paths.REWARD_INDEX, None, paths.TOKENIZER_INDEX),
+    "hpsv2": Files("HPS_v2.1_compressed.pt", CLIP, paths.TOKENIZER_INDEX),
+    "image_reward": Files("ImageReward.pt", BERT, paths.TOKENIZER_INDEX),
+    "aesthetic": Files("sac+logos+ava1-l14-linearMSE.pth", CLIP, paths.REWARD_INDEX),
+}
+
+
+class RewardComponent(Section):
+    """One reward and its part in the objective J = Σ weight · min(reward, clip)."""
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    """Its name in metrics: letters, digits, ``_``, ``.`` and ``-``."""
+    kind: Literal["clip", "clip_score", "hpsv2", "image_reward", "aesthetic", "function"] = "clip"
+    """``clip`` is a CLIPModel's logit scale times cosine, as PickScore's; ``clip_score`` its cosine alone; ``function`` is
+    one's own. flowbp_ray/rewards/README.md has the formula of each."""
+    path: Text
+    """The model: a folder or Hugging Face id, or for a published checkpoint that is one file, the file; ``shapes/reward`` and
+    ``shapes/judge`` mean the embedded ones; of a function package.module:name."""
+    encoder: Text | None = None
+    """Folder or Hugging Face id of the tokenizer, for ``aesthetic`` of the CLIP; null takes the published one."""
+    weight: NonNegativeFloat
+    """Its factor in the objective; 0 is monitored only."""
+    clip: float | None = None
+    """Above this score there is nothing more to gain; null is no bound."""
+
+    @field_validator("path")
+    @classmethod
+    def _path(cls, path: str, found: ValidationInfo) -> str:
+        match found.data.get("kind"):  # without one, that alone is said
+            case "clip" | "clip_score":
+                return paths.model(path, paths.REWARD_MODELS, paths.REWARD_INDEX)
+            case "function":
+                return paths.import_path(path)
+            case str(kind):
+                return paths.file(path, FILES[kind].weights)
+        return path
+
+    @field_validator("encoder")
+    @classmethod
+    def _encoder(cls, encoder: str | None, found: ValidationInfo) -> str | None:
+        kind, path = found.data.get("kind"), found.data.get("path")
+        if kind == "function" and encoder is not None:
+            raise ValueError("a function has none: set it to null")
+        if kind not in FILES or not path:
+            return encoder
+        files = FILES[kind]
+        if encoder is not None:
+            return paths.model(encoder, {}, files.encoder_index)
+        if files.encoder is None:
+            paths.model(path, paths.REWARD_MODELS, files.encoder_index)
+        return None
+
+    @property
+    def source(self) -> str:
+        """A folder, a file, a Hugging Face id or an import path."""
+        return str(paths.REWARD_MODELS.get(self.path, self.path))
+
+    @property
+    def encoder_source(self) -> str:
+        """Folder or Hugging Face id of what goes with the model: see ``encoder``."""
+        return self.encoder or FILES[self.kind].encoder or self.source
+
+    def files(self) -> list[tuple[str, str, str]]:
+        """What has to be there before it is loaded: the setting, its folder, file or Hugging Face id, and the file of that."""
+        if self.kind == "function":
+            return []
+        files = FILES[self.kind]
+        return [("path", self.source, files.weights), ("encoder", self.encoder_source, files.encoder_index)]
+
+
+class Reward(Section):
+    """What the pictures are scored by."""
+
+    components: Annotated[tuple[RewardComponent, ...], Strict(False)]
+    """The list of rewards, each with name, path and weight."""
+
+    @field_validator("components")
+    @classmethod
+    def _objective(cls, components: tuple[RewardComponent, ...]) -> tuple[RewardComponent, ...]:
+        names = [c.name for c in components]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"{twice[0]!r} is the name of two components: give each its own")
+        if not any(c.weight for c in components):
+            raise ValueError("no component has a weight above 0, so there is nothing to train for: give one a weight")
+        return components
