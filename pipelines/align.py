@@ -107,10 +107,15 @@ def intended(config: AlignConfig) -> str:
     from flowbp_ray.rollouts.plans import plan_of
     from flowbp_ray.rollouts.prompts import read_prompts
 
-    if config.adapter and config.adapter.init_from:
-        from flowbp_ray.training.adapter import check_start  # with diffusers, which takes seconds
+    if (config.adapter and config.adapter.init_from) or config.prompts.embeds:
+        from pipelines import quiet_libraries
+
+        quiet_libraries()  # first: some notices come with an import
+        from flowbp_ray.rollouts import embeds  # both with diffusers, which takes seconds
+        from flowbp_ray.training.adapter import check_start
 
         check_start(config)
+        embeds.check(config)
     for number, component in enumerate(config.reward.components):
         if component.kind == "function":
             from flowbp_ray.rewards.user import imported
@@ -118,10 +123,6 @@ def intended(config: AlignConfig) -> str:
             imported(component.source)
         for setting, source, file in component.files():
             check_model(f"reward.components.{number}.{setting}", source, file, None)
-    if config.prompts.embeds:
-        from flowbp_ray.rollouts import embeds
-
-        embeds.check(config)
     train, prompts = config.train, read_prompts(config.prompts)
     reserved = ", ".join(f"{number:g} {kind}s" for kind, number in config.reserved().items() if number)
     tasks = 6 if config.evaluation.checked else 1

@@ -54,14 +54,14 @@ class Backbone(ABC):
     lora_loading: ClassVar[dict[str, Any]] = {}
     #: What looks prompts up that were encoded before; None encodes them here.
     embeds: Encode | None = None
+    #: What the transformer computes in, where that is not what its weights are kept in.
+    compute: torch.dtype | None = None
     #: Whether `velocity` evaluates guidance's two branches in one batch.
     batched_branches: bool = True
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.pipeline = pipeline
         self.transformer, self.vae = pipeline.transformer, pipeline.vae
-        #: What the transformer computes in, whatever its weights are kept in.
-        self.dtype = pipeline.transformer.dtype
 
     @classmethod
     def from_pretrained(
@@ -88,6 +88,11 @@ class Backbone(ABC):
     def device(self) -> torch.device:
         """Where the transformer is."""
         return self.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the transformer computes in."""
+        return self.compute or self.transformer.dtype
 
     @property
     def embedded_guidance(self) -> bool:

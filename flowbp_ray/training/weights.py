@@ -32,7 +32,7 @@ def shard(backbone: Backbone, compute: torch.dtype) -> None:
     Trainable parameters become float32, whatever they were: the master weights. Inputs are cast by the models themselves:
     FSDP's own cast would round timesteps.
     """
-    transformer = backbone.transformer
+    transformer, backbone.compute = backbone.transformer, compute
     mesh = dist.device_mesh.init_device_mesh(backbone.device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in [*backbone.blocks(transformer), transformer]:
