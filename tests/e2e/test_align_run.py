@@ -81,6 +81,7 @@ def test_two_workers_and_two_samplers_learn_what_one_process_does(aligned, here)
     assert (flat(averaged) - flat(learner.averaged)).norm() <= 1e-4 * moved
 
 
+@pytest.mark.slow  # with one worker it is shown below
 def test_the_same_configuration_gives_bitwise_the_same_adapter(aligned, tmp_path):
     _, first = aligned
     settings = ("cluster.samplers=2", "train.workers=2", "evaluation.before=false", "evaluation.preview_prompts=0")
@@ -90,7 +91,9 @@ def test_the_same_configuration_gives_bitwise_the_same_adapter(aligned, tmp_path
         assert torch.equal(flat(one), flat(two))
 
 
-@pytest.mark.parametrize(("samplers", "lag", "started"), [(1, 0, False), (2, 0, True), (2, 1, False)])
+@pytest.mark.parametrize(
+    ("samplers", "lag", "started"), [pytest.param(1, 0, False, marks=pytest.mark.slow), (2, 0, True), (1, 1, False)]
+)
 def test_one_worker_learns_bitwise_what_one_process_does(cluster, aligned, tmp_path, samplers, lag, started):
     """Whatever the number of samplers, the lag, and whether it starts from an earlier run's adapter."""
     settings = [f"cluster.samplers={samplers}", f"train.policy_lag={lag}", "evaluation.before=false", "train.steps=3"]
@@ -169,8 +172,10 @@ def test_a_run_starts_from_an_earlier_ones_adapter(aligned, tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [("evaluation.per_task=1",), ("evaluation.before=false", "evaluation.preview_prompts=0")],
-    ids=["before", "training"],
+    [
+        pytest.param(("evaluation.per_task=1",), marks=pytest.mark.slow, id="before"),
+        pytest.param(("evaluation.before=false", "evaluation.preview_prompts=0"), id="training"),
+    ],
 )
 def test_a_dead_reward_stops_the_run_with_one_sentence(cluster, tmp_path, settings):
     dead = tmp_path / "dead"

@@ -1,11 +1,15 @@
 """A comparison of two methods, interrupted by nothing and then asked for again."""
 
-import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 from mlflow import MlflowClient
 from PIL import Image
+
+from pipelines import alignment
+from pipelines import compare as command
 
 RECIPES = Path(__file__).parents[2] / "configs" / "shapes"
 SMALL = (
@@ -22,21 +26,28 @@ SMALL = (
 )
 
 
-def compare(folder, *overrides):
+@pytest.fixture
+def compare(cluster, tmp_path, monkeypatch, capsys):
+    """The command, on the cluster that is there; what it prints."""
+    monkeypatch.setattr(alignment, "cluster", lambda _: nullcontext())
     files = [str(RECIPES / f"{name}.yaml") for name in ("sparse", "drtune")]
-    own = ["--seeds", "1", "--output", str(folder / "out"), f"tracking.uri=sqlite:///{folder}/mlflow.db"]
-    command = [sys.executable, "-m", "pipelines.compare", *files, *SMALL, "train.batch=4", *own, *overrides]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    own = ["--seeds", "1", "--output", str(tmp_path / "out"), f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+
+    def run(*overrides):
+        monkeypatch.setattr(sys, "argv", ["compare", *files, *SMALL, "train.batch=4", *own, *overrides])
+        command.main()
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_cells_are_run_once_and_end_in_a_table_a_chart_and_pictures(tmp_path):
-    first = compare(tmp_path)
-    assert first.returncode == 0, first.stderr
-    assert "cell 3 of 3: drtune, seed 0" in first.stdout
+def test_cells_are_run_once_and_end_in_a_table_a_chart_and_pictures(compare, tmp_path):
+    first = compare()
+    assert "cell 3 of 3: drtune, seed 0" in first
     text = (tmp_path / "out" / "table.md").read_text()
     for row in ("base", "sparse", "drtune"):
         assert f"\n| {row} |" in text
-    assert text in first.stdout
+    assert text in first
     for name in ("chart.png", "pictures.png"):
         with Image.open(tmp_path / "out" / name) as picture:
             assert picture.width > 300
@@ -45,12 +56,10 @@ def test_cells_are_run_once_and_end_in_a_table_a_chart_and_pictures(tmp_path):
     names = sorted(r.info.run_name for r in client.search_runs([experiment]))
     assert names == ["base-0", "comparison", "drtune-0", "sparse-0"]
 
-    again = compare(tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert "3 of 3 cells are there" in again.stdout
-    assert "\ncell " not in again.stdout
+    again = compare()
+    assert "3 of 3 cells are there" in again
+    assert "\ncell " not in again
     assert (tmp_path / "out" / "table.md").read_text() == text
 
-    other = compare(tmp_path, "train.steps=3")
-    assert other.returncode == 1
-    assert "base-0.json was measured with another configuration" in other.stderr
+    with pytest.raises(SystemExit, match=r"base-0\.json was measured with another configuration"):
+        compare("train.steps=3")
