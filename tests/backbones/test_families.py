@@ -62,7 +62,8 @@ def test_guidances_branches_are_the_same_one_after_the_other(folder):
     backbone.batched_branches = False
     sizes, branch = [], backbone.branch
     backbone.branch = lambda latents, *more: sizes.append(len(latents)) or branch(latents, *more)
-    torch.testing.assert_close(backbone.sample_latents(PROMPTS, SEEDS, **settings), batched, rtol=0, atol=1e-4)
+    apart = (backbone.sample_latents(PROMPTS, SEEDS, **settings) - batched).norm()
+    assert apart <= 1e-4 * batched.norm()
     assert sizes == [len(PROMPTS)] * STEPS * (1 if backbone.embedded_guidance else 2)
 
 
