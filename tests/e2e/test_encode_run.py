@@ -5,6 +5,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
 from reference import align_here
@@ -15,6 +16,7 @@ from flowbp_ray.rollouts import embeds
 from flowbp_ray.training.learner import Learner
 from pipelines import alignment, encode_prompts
 
+pytestmark = pytest.mark.slow  # CI runs this file beside `make test`
 SPARSE = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
 SMALL = (
     "train.steps=2",
