@@ -1,4 +1,4 @@
-"""Count what an update costs on a real transformer: peak bytes that autograd keeps, and FLOPs, against the active steps.
+"""Count what an update costs on a real transformer: peak bytes of its tensors, and FLOPs, against the active steps.
 
     python -m pipelines.update_cost
     python -m pipelines.update_cost configs/shapes/sparse.yaml adapter.rank=64 --steps 12
@@ -10,8 +10,8 @@ the surrogate's whole graph, as plain autograd keeps it. Writes a table and a pl
 
 import argparse
 import sys
-import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,10 @@ from flowbp_ray.config import AlignConfig, ConfigError, load
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from flowbp_ray.backbones.backbone import Backbone, Conditioning
+    from flowbp_ray.surrogate.backward import Guidance
+    from flowbp_ray.surrogate.plan import Plan
 
 RECIPE = Path(__file__).parents[1] / "configs" / "shapes" / "sparse.yaml"
 
@@ -45,72 +49,54 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-class Kept:
-    """Bytes that autograd's graphs hold, now and at their peak."""
-
-    def __init__(self) -> None:
-        self.now = self.peak = 0
-
-    def add(self, size: int) -> None:
-        """Count so many bytes more."""
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def pack(self, tensor: "Tensor") -> "Held":
-        """As `torch.autograd.graph.saved_tensors_hooks` asks: what stands for a tensor as long as a graph needs it."""
-        return Held(tensor, self)
-
-
-class Held:
-    """A saved tensor. Weights and inputs are views of what is there anyway, but no graph needs many of them: all count."""
-
-    def __init__(self, tensor: "Tensor", kept: Kept) -> None:
-        self.tensor, size = tensor.detach(), tensor.numel() * tensor.element_size()
-        kept.add(size)
-        weakref.finalize(self, kept.add, -size)
-
-
 def counted(run: Callable[[], object]) -> tuple[int, int]:
-    """Peak bytes kept for backward, and FLOPs forward and backward."""
-    import torch
+    """Peak bytes of all tensors that are made, and FLOPs forward and backward."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    kept = Kept()
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda held: held.tensor):
-        run()
+    from flowbp_ray.training.memory import peak
+
+    most = peak(run)
     with FlopCounterMode(display=False) as flops:
         run()
-    return kept.peak, flops.get_total_flops()
+    return most, flops.get_total_flops()
 
 
+@dataclass(frozen=True)
 class Update:
-    """A micro-batch's update of the configured model at random latents: neither count depends on their values."""
+    """A micro-batch's update at random latents: what it costs does not depend on their values."""
 
-    def __init__(self, config: AlignConfig, steps: int, samples: int) -> None:
+    backbone: "Backbone"
+    text: "Conditioning"
+    negative: "Conditioning"
+    guidance: "Guidance"
+    scale: float
+    #: The grid, ``(T + 1,)``.
+    sigmas: "Tensor"
+    #: ``(B, C, h, w)``, the same at every step.
+    latents: "Tensor"
+
+    def __post_init__(self) -> None:
+        """Gradients are there from the start, as from the second micro-batch of a step on."""
         import torch
 
-        from flowbp_ray.training.adapter import adapted, guidance_of
+        for parameter in self.trained:
+            parameter.grad = torch.zeros_like(parameter)
 
-        self.backbone = adapted(config, "cpu")
-        self.text = self.backbone.encode(["a red ring above a cross"] * samples)
-        self.negative = self.backbone.encode([""])
-        sampling = config.sampling
-        self.sigmas = self.backbone.grid(steps, sampling.height, sampling.width)
-        self.guidance = guidance_of(sampling.guidance_scale, config.surrogate, self.backbone)
-        self.scale = sampling.guidance_scale
-        generators = [torch.Generator().manual_seed(i) for i in range(samples)]
-        self.latents = self.backbone.initial_latents(generators, config.sampling.height, config.sampling.width)
+    @property
+    def trained(self) -> "list[Tensor]":
+        """The parameters that receive gradients."""
+        return [p for p in self.backbone.transformer.parameters() if p.requires_grad]
 
-    def plan(self, method: str, **settings: Any) -> Any:
+    def plan(self, method: str, **settings: Any) -> "Plan":
         """A method's plan on the grid."""
         import numpy as np
 
         from flowbp_ray.surrogate.methods import METHODS
 
         made = METHODS[method].settings(**settings)
-        return METHODS[method].plan(made, self.sigmas.numpy(), np.random.default_rng(0))
+        return METHODS[method].plan(made, self.sigmas, np.random.default_rng(0))
 
-    def walk(self, plan: Any) -> None:
+    def walk(self, plan: "Plan") -> None:
         """As a train worker does it."""
         import torch
 
@@ -122,7 +108,7 @@ class Update:
             self.sigmas,
             {a.index: self.latents for a in plan.active},
             [torch.ones_like(self.latents)],
-            torch.ones(len(self.latents)),
+            torch.ones(len(self.latents), device=self.latents.device),
             self.text,
             self.negative,
             guidance=self.guidance,
@@ -130,14 +116,39 @@ class Update:
             batch=len(self.latents),
         )
 
-    def whole_graph(self, plan: Any) -> None:
-        """The same surrogate without bridges, all its velocities alive until one backward (negative branch detached)."""
-        moved = sum(a.coefficient * self.backbone.velocity(self.latents, self.sigmas[a.index], self.text) for a in plan.active)
-        moved.sum().backward()
+    def whole_graph(self, plan: "Plan") -> None:
+        """The same gradient without bridges, all velocities alive until one backward (negative branch detached)."""
+        from flowbp_ray.surrogate.backward import branches
+
+        factor = branches(plan, self.guidance)["conditional"]
+        moved = sum(a.coefficient * factor * self._conditional(a.index) for a in plan.active)
+        (-moved.sum() / len(self.latents)).backward()
 
     def one_velocity(self) -> None:
         """One conditional velocity, forward and backward."""
-        self.backbone.velocity(self.latents, self.sigmas[0], self.text).sum().backward()
+        self._conditional(0).sum().backward()
+
+    def _conditional(self, index: int) -> "Tensor":
+        return self.backbone.branch(self.latents, self.sigmas[index], self.text, self.scale)
+
+
+def configured(config: AlignConfig, steps: int, samples: int) -> Update:
+    """The configured model's."""
+    import torch
+
+    from flowbp_ray.training.adapter import adapted, guidance_of
+
+    backbone, sampling = adapted(config, "cpu"), config.sampling
+    generators = [torch.Generator().manual_seed(i) for i in range(samples)]
+    return Update(
+        backbone,
+        backbone.encode(["a red ring above a cross"] * samples),
+        backbone.encode([""]),
+        guidance_of(sampling.guidance_scale, config.surrogate, backbone),
+        sampling.guidance_scale,
+        backbone.grid(steps, sampling.height, sampling.width),
+        backbone.initial_latents(generators, sampling.height, sampling.width),
+    )
 
 
 def main() -> None:
@@ -152,7 +163,7 @@ def main() -> None:
     from pipelines import quiet_libraries
 
     quiet_libraries()
-    update = Update(config, args.steps, args.samples)
+    update = configured(config, args.steps, args.samples)
     numbers = sorted({k for k in (1, 2, 4, 8, 16, args.steps) if k <= args.steps})
     _, unit = counted(update.one_velocity)
     rows = []
@@ -169,7 +180,7 @@ def main() -> None:
 def table(rows: list[tuple[int, int, int, int, int]], unit: int) -> str:
     """Markdown; FLOPs in conditional velocities, forward and backward, for each active step."""
     lines = [
-        "| active steps | peak kept, walk | peak kept, whole graph | FLOPs an active step |",
+        "| active steps | peak, walk | peak, whole graph | FLOPs an active step |",
         "| ---: | ---: | ---: | ---: |",
     ]
     for number, peak, flops, whole, _ in rows:
@@ -188,7 +199,7 @@ def draw(rows: list[tuple[int, int, int, int, int]], file: Path) -> None:
     numbers = [r[0] for r in rows]
     panel.plot(numbers, [r[3] / 2**20 for r in rows], "o-", color="#b3261e", label="whole graph")
     panel.plot(numbers, [r[1] / 2**20 for r in rows], "o-", color="#146c2e", label="one velocity at a time")
-    panel.set(xlabel="active steps", ylabel="peak kept for backward, MiB", ylim=(0, None))
+    panel.set(xlabel="active steps", ylabel="peak of an update's tensors, MiB", ylim=(0, None))
     panel.legend()
     page.tight_layout()
     page.savefig(file, dpi=120)

@@ -1,5 +1,7 @@
 """Tiny random pipelines of the real classes, saved in the real on-disk format; tokenizers are made here, of a few words."""
 
+from dataclasses import replace
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -27,6 +29,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from flowbp_ray.backbones.published import PUBLISHED
 from flowbp_ray.shapes.build.text import clip_tokenizer, t5_tokenizer
 
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -150,3 +153,18 @@ def saved(made, folder):
             norm.running_var.uniform_(0.5, 2)
     pipeline.save_pretrained(folder)
     return folder
+
+
+def published():
+    """The published configurations by their names, each as tiny as its family's pipeline here."""
+
+    def config(part):
+        return {k: v for k, v in part.config.items() if not k.startswith("_")}
+
+    def shrunk(name, pipeline):
+        given, sizes = PUBLISHED[name], pipeline.transformer.config
+        text = {"prompt_embeds": (6, sizes.joint_attention_dim), "pooled_prompt_embeds": (sizes.get("pooled_projection_dim"),)}
+        text = {k: text[k] for k in given.text}
+        return replace(given, config=config(pipeline.transformer), text=text, vae=config(pipeline.vae))
+
+    return {name: shrunk(name, made()) for name, made in (("sd35", sd3), ("flux1", flux1), ("flux2", flux2))}

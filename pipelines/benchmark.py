@@ -1,0 +1,76 @@
+"""Measure the parts of an alignment at full size, without ray, checkpoints or network.
+
+    python -m pipelines.benchmark update --model sd35 --random-weights
+    python -m pipelines.benchmark update --model flux1 --random-weights --full --gradient-checkpointing --batch 2
+    python -m pipelines.benchmark fits --caps 24 48 80
+
+`update` measures one step at a time against the whole graph, on the GPU if there is one, and says what fits for its model;
+`fits` counts that for all models, without a GPU. Each table in Markdown is followed by its figures as one line of JSON.
+"""
+
+import argparse
+import sys
+
+STEPS = 25  # of the published samplers
+RANK = 16
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    update = commands.add_parser("update", help="memory and time of an update against the active steps, and what fits")
+    update.add_argument("--model", required=True, help="sd35, flux1 or flux2")
+    update.add_argument(
+        "--random-weights", action="store_true", required=True, help="no checkpoint: what is measured does not depend on values"
+    )
+    update.add_argument("--full", action="store_true", help=f"train all weights (default: an adapter of rank {RANK})")
+    update.add_argument("--gradient-checkpointing", action="store_true", help="keep what enters each block and no more")
+    update.add_argument("--batch", type=int, default=1, help="samples of the micro-batch (default: %(default)s)")
+    update.add_argument(
+        "--active", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K", help="active steps (default: 1 2 4 8)"
+    )
+    update.add_argument("--height", type=int, default=512, help="of the pictures, in pixels (default: %(default)s)")
+    update.add_argument("--width", type=int, default=512, help="of the pictures, in pixels (default: %(default)s)")
+    update.add_argument("--repeats", type=int, default=3, help="timed runs, whose median is taken (default: %(default)s)")
+    fits = commands.add_parser("fits", help="the largest micro-batch under caps of memory, counted: needs no GPU")
+    fits.add_argument("--model", help="one of sd35, flux1, flux2 (default: all)")
+    for command in (update, fits):
+        command.add_argument(
+            "--caps", type=float, nargs="+", default=[24, 48, 80], metavar="GB", help="GPUs' memory (default: 24 48 80)"
+        )
+    args = parser.parse_args(given)
+    if args.command == "update":
+        for name, numbers in {"batch": [args.batch], "repeats": [args.repeats], "active": args.active}.items():
+            if min(numbers) < 1:
+                parser.error(f"--{name} {min(numbers)}: at least 1 is needed")
+        if max(args.active) > STEPS:
+            parser.error(f"--active {max(args.active)}: the sampler has {STEPS} steps, and no more can be active")
+    if min(args.caps) <= 0:
+        parser.error(f"--caps {min(args.caps):g}: a GPU has more than 0 GB")
+    return args
+
+
+def main(given: list[str] | None = None) -> None:
+    """Run one command."""
+    args = arguments(given)
+    from pipelines import quiet_libraries
+
+    quiet_libraries()
+    from flowbp_ray.backbones.published import PUBLISHED
+    from pipelines import full_size
+
+    if args.model not in (None, *PUBLISHED):
+        sys.exit(f"--model {args.model}: the published configurations are {', '.join(PUBLISHED)}")
+    if args.command == "update":
+        try:
+            full_size.update(args)
+        except ValueError as error:  # a size that the model does not make
+            sys.exit(str(error))
+    full_size.fits([args.model] if args.model else list(PUBLISHED), args.caps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Updates at full size, on tiny models: gradients, bytes on the meta device beside those of real tensors, and the sentences."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from flowbp_ray.backbones import published
+from flowbp_ray.training.memory import Needs, held, peak
+from pipelines import benchmark, full_size
+from pipelines.update_cost import Update
+
+SMALL = {"height": 64, "width": 64}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny_models():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, entry in tiny.published().items():
+            patch.setitem(published.PUBLISHED, name, entry)
+        yield
+
+
+def made(name, device="cpu", **settings):
+    """A tiny model's update whose adapter is not at its start, where half of its gradients are 0."""
+    update = full_size.build(name, device, torch.float32, **SMALL, **settings)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in update.trained:
+        if device == "cpu":
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return update
+
+
+@pytest.mark.parametrize(("name", "full"), [("sd35", False), ("sd35", True), ("flux1", False), ("flux2", False)])
+def test_the_gradient_is_the_whole_graphs_at_the_memory_of_one_velocity(name, full):
+    update = made(name, full=full, batch=2)
+    one, eight = (full_size.compare(update, active, 1) for active in (1, 8))
+    assert one.difference <= 1e-5
+    assert eight.difference <= 1e-5
+    assert eight.walk.bytes == pytest.approx(one.walk.bytes, rel=0.02)
+    assert eight.whole.bytes > 6 * one.whole.bytes
+
+
+@pytest.mark.parametrize("name", ["sd35", "flux1", "flux2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bytes_on_the_meta_device_are_those_of_real_tensors(name, checkpointing):
+    real, meta = (made(name, device, checkpointing=checkpointing) for device in ("cpu", "meta"))
+    plan = real.plan("sparse", active_steps=2)
+    assert peak(lambda: meta.walk(plan)) == pytest.approx(peak(lambda: real.walk(plan)), rel=0.02)
+
+
+def test_several_samples_take_no_more_than_so_many_times_one_and_checkpointing_less():
+    settings = {"one": {}, "three": {"batch": 3}, "checkpointed": {"batch": 3, "checkpointing": True}}
+    updates = {k: made("sd35", "meta", **given) for k, given in settings.items()}
+    plan = updates["one"].plan("sparse", active_steps=1)
+    one, three, checkpointed = (peak(lambda u=u: u.walk(plan)) for u in updates.values())
+    assert 2 * one < three <= 3 * one
+    assert checkpointed < 0.8 * three
+
+
+def test_the_largest_micro_batch_by_hand():
+    needs = Needs(held=10, step=6, update=3, others=1)
+    assert needs.micro_batch(9) == 0
+    assert needs.micro_batch(15) == 0  # one sample would fit, but not the optimizer's step
+    assert needs.micro_batch(17) == 1
+    assert needs.micro_batch(26) == 4
+    assert needs.micro_batch(29) == 4
+
+
+def test_what_a_trainer_holds_by_hand():
+    """Blocks of 16 and 4 weights in bfloat16, computed in it too; 2 values of a buffer."""
+    transformer = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 1, bias=False)).to(torch.bfloat16)
+    transformer.register_buffer("places", torch.zeros(2, dtype=torch.bfloat16))
+    backbone = SimpleNamespace(transformer=transformer, dtype=torch.bfloat16, blocks=list)
+    # 4 + 4 + 8 + 4 bytes a weight, 4 a buffer's value; of the larger block two copies and gradients twice: 2 + 2 + 2 + 4.
+    assert held(backbone) == (20 * 20 + 2 * 4 + 16 * 10, 20 * 4)
+    transformer[0].requires_grad_(False)
+    # 2 bytes for each of 22 values; gradients, two moments and the average of 4 values in bfloat16, their sums in float64.
+    assert held(backbone) == (22 * 2 + 4 * (4 * 2 + 8), 4 * 4)
+
+
+def test_running_out_of_memory_is_a_row(monkeypatch):
+    def too_much(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Update, "whole_graph", too_much)
+    row = full_size.compare(made("sd35"), 2, 1)
+    assert row.walk.bytes > 0
+    assert row.whole is None
+    last = full_size.update_table([row]).splitlines()[-1]
+    assert last.startswith("| 2 | 0.")
+    assert last.count("out of memory") == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("update --model sd35", "required: --random-weights"),
+        ("update --model sd36 --random-weights", "--model sd36: the published configurations are sd35, flux1, flux2"),
+        ("update --model sd35 --random-weights --batch 0", "--batch 0: at least 1 is needed"),
+        ("update --model sd35 --random-weights --active 2 26", "--active 26: the sampler has 25 steps"),
+        ("update --model sd35 --random-weights --height 60", "pictures of 60×512 pixels: this model makes sizes"),
+        ("fits --caps 24 -1", "--caps -1: a GPU has more than 0 GB"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(given, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(given.split())
+    said = str(stopped.value.code) if isinstance(stopped.value.code, str) else capsys.readouterr().err.splitlines()[-1]
+    assert sentence in said
+    assert "\n" not in said
+
+
+ALONE = """
+import socket, sys
+sys.modules["ray"] = sys.modules["mlflow"] = None  # any import of them fails
+def refused(*_): raise AssertionError("the network was used")
+socket.socket.connect = socket.getaddrinfo = refused
+import torch
+torch.set_num_threads(1)
+torch.cuda.is_available = lambda: False
+sys.path.insert(0, sys.argv[1])
+import tiny
+from flowbp_ray.backbones import published
+from pipelines import benchmark, full_size
+published.PUBLISHED.update(tiny.published())
+full_size.SIZES = (64,)
+benchmark.main("update --model flux2 --random-weights --active 1 4 --repeats 1 --height 64 --width 64 --caps 6 24".split())
+"""
+
+
+def test_the_command_needs_neither_ray_nor_network():
+    tests = str(Path(tiny.__file__).parent)
+    done = subprocess.run([sys.executable, "-c", ALONE, tests], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    measured, fits = (json.loads(line) for line in done.stdout.splitlines() if line[:1] in "[{" and line)
+    assert [row["active"] for row in measured["rows"]] == [1, 4]
+    assert measured["device"] == "CPU"
+    assert len(fits) == 4
+    # A decoder so small costs little; the reward model of 4 GB and three processes' 1.5 GB are there.
+    assert all(5.4e9 < entry["held"] < 5.5e9 for entry in fits)
+    assert all(entry["micro_batch"]["24"] > entry["micro_batch"]["6"] >= 0 for entry in fits)
+    assert "| active steps | peak, GB |" in done.stdout
+    assert "| flux2 | all weights | on | 64² |" in done.stdout
