@@ -110,8 +110,10 @@ def prompts_of(file: Path) -> list[str] | None:
     try:
         with parquet.ParquetFile(file) as opened:
             prompts: list[str] = opened.read(columns=["prompt"])["prompt"].to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        if getattr(error, "errno", None):  # the system's: no permission, no such disk
+    except pa.ArrowInvalid:
+        return None
+    except OSError as error:
+        if error.errno is not None:  # the system's, and not Arrow's: no permission, no such disk
             raise
         return None
     return prompts

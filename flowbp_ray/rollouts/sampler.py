@@ -10,11 +10,10 @@ from torch import Tensor
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.randomness import prompt_indices, seed_of
 from flowbp_ray.rollouts.batches import Block, Chunk, MicroBatch
-from flowbp_ray.rollouts.embeds import backbone_of
 from flowbp_ray.rollouts.plans import grid_of, plan_of
 from flowbp_ray.rollouts.rollout import roll_out
 from flowbp_ray.surrogate.inputs import noised_copies, reward_inputs, sample_weights
-from flowbp_ray.training.adapter import adapted, merge, plain_weights
+from flowbp_ray.training.adapter import merge, plain_weights, trainable
 from flowbp_ray.training.weights import load_chunk
 
 
@@ -25,13 +24,9 @@ class Sampler:
         torch.set_num_threads(config.cluster.threads)
         self.config, self.prompts, self.fetch = config, prompts, fetch
         device = "cuda" if config.cluster.sampler_gpus else "cpu"
-        if config.adapter:
-            self.backbone = adapted(config, device)
-            self.plain = plain_weights(self.backbone.transformer)
-        else:
-            self.backbone = backbone_of(config, device)
-        named = self.backbone.transformer.named_parameters()
-        self.trained = {name: p for name, p in named if p.requires_grad or not config.adapter}
+        self.backbone = trainable(config, device)
+        self.plain = plain_weights(self.backbone.transformer) if config.adapter else None
+        self.trained = {name: p for name, p in self.backbone.transformer.named_parameters() if p.requires_grad}
         self.negative = self.backbone.encode([""])
         self.sigmas = grid_of(config, self.backbone)
         self.version = -1
@@ -88,6 +83,5 @@ class Sampler:
         values = sum(load_chunk(self.trained, chunk) for chunk in self.fetch(version))
         if values != (whole := sum(p.numel() for p in self.trained.values())):
             raise RuntimeError(f"policy version {version} has {values} values, but {whole} are trained")
-        if self.config.adapter:
-            merge(self.backbone.transformer, self.plain)
+        merge(self.backbone.transformer, self.plain)
         self.version = version

@@ -44,6 +44,16 @@ def matching(transformer: nn.Module, targets: Sequence[str]) -> list[str]:
     return sorted(bound)
 
 
+def trainable(config: AlignConfig, device: str) -> Backbone:
+    """The model of a configuration with what is trained requiring gradients: an adapter, or the whole transformer."""
+    if config.adapter:
+        return adapted(config, device)
+    backbone = backbone_of(config, device)
+    backbone.check_guidance(config.sampling.guidance_scale)
+    backbone.transformer.requires_grad_(True)
+    return backbone
+
+
 def adapted(config: AlignConfig, device: str) -> Backbone:
     """The model of a configuration with its trainable adapter: fresh, or the one to start from (with the configured alpha).
 
@@ -104,9 +114,17 @@ def add_adapter(backbone: Backbone, *, rank: int, alpha: float, targets: Sequenc
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=names)
         backbone.transformer.add_adapter(config)
-    for name, parameter in backbone.transformer.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+    _only_it_trains(backbone.transformer)
     return names
+
+
+def _only_it_trains(transformer: nn.Module) -> None:
+    """Nothing but the adapter, and that in float32 whatever the base's dtype, which it was made in: bfloat16 would round AdamW's
+    steps away."""
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def guidance_of(guidance_scale: float, surrogate: Surrogate, backbone: Backbone) -> Guidance:
@@ -217,8 +235,7 @@ def load_export(backbone: Backbone, folder: Path, *, alpha: float | None = None)
             f"the adapter in {folder} does not fit this {model}: {odd[0]!r} is on one side only, of {len(given)} tensors in the "
             f"file and {len(own)} in the model: give the model that it was trained on"
         )
-    for name, parameter in transformer.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+    _only_it_trains(transformer)
     return read(transformer)
 
 

@@ -10,15 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import AdamW
 
-from flowbp_ray.backbones.backbone import DTYPES, Backbone
+from flowbp_ray.backbones.backbone import DTYPES
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.batches import Block, Chunk, policy_version
-from flowbp_ray.rollouts.embeds import backbone_of
 from flowbp_ray.rollouts.plans import grid_of, plan_of
 from flowbp_ray.surrogate.plan import Plan
 from flowbp_ray.training import adapter, full
 from flowbp_ray.training.update import accumulate
-from flowbp_ray.training.weights import AddUp, ShardedWeights, State, Weights, average, shard
+from flowbp_ray.training.weights import AddUp, ShardedWeights, State, Weights, shard
 
 
 class Learner:
@@ -30,14 +29,15 @@ class Learner:
     def __init__(self, config: AlignConfig, rank: int = 0) -> None:
         torch.set_num_threads(config.cluster.threads)
         self.config, self.rank, train = config, rank, config.train
-        self.backbone = trainable(config, "cuda" if config.cluster.trainer_gpus else "cpu")
-        self.negative = self.backbone.encode([""])
-        self.sigmas = grid_of(config, self.backbone)
+        device = "cuda" if config.cluster.trainer_gpus else "cpu"
+        self.backbone = adapter.trainable(config, "cpu" if train.sharded else device)
         transformer = self.backbone.transformer
         if train.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         if train.sharded:
-            shard(self.backbone, DTYPES[config.model.dtype])
+            shard(self.backbone, device, DTYPES[config.model.dtype])
+        self.negative = self.backbone.encode([""])
+        self.sigmas = grid_of(config, self.backbone)
         self.weights = ShardedWeights(transformer) if train.sharded else Weights(transformer)
         self.optimizer = AdamW(
             self.weights.parameters.values(),
@@ -109,7 +109,7 @@ class Learner:
         norm = self.weights.finish(self.config.train.max_grad_norm, add_up)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.averaged = average(self.averaged, self.weights.read(), self.config.train.ema)
+        self.weights.average(self.averaged, self.config.train.ema)
         self.version, self.parts = self.version + 1, 0
         return norm
 
@@ -160,13 +160,3 @@ class Learner:
 
     def _tensor(self, block: Block, column: str) -> Tensor:
         return torch.tensor(block[column], device=self.backbone.device)
-
-
-def trainable(config: AlignConfig, device: str) -> Backbone:
-    """The model of a configuration with what is trained requiring gradients: an adapter, or the whole transformer."""
-    if config.adapter:
-        return adapter.adapted(config, device)
-    backbone = backbone_of(config, device)
-    backbone.check_guidance(config.sampling.guidance_scale)
-    backbone.transformer.requires_grad_(True)
-    return backbone

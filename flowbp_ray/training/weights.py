@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from flowbp_ray.backbones.backbone import Backbone
@@ -26,19 +26,21 @@ AddUp = Callable[[Tensor], None]
 CHUNK = 64 * 2**20  # bytes: what a push holds in memory beside the weights themselves
 
 
-def shard(backbone: Backbone, compute: torch.dtype) -> None:
-    """Shard the transformer over all train workers, block by block (FSDP2); it computes in ``compute``, sums are float32.
+def shard(backbone: Backbone, device: str, compute: torch.dtype) -> None:
+    """Shard the transformer over all train workers' ``device``s, block by block (FSDP2), so that none has all of it at any
+    time if it is on the CPU before; all else of the pipeline goes there too. It computes in ``compute``, sums are float32.
 
     Trainable parameters become float32, whatever they were: the master weights. Inputs are cast by the models themselves:
     FSDP's own cast would round timesteps.
     """
     transformer, backbone.compute = backbone.transformer, compute
-    mesh = dist.device_mesh.init_device_mesh(backbone.device.type, (dist.get_world_size(),))
+    mesh = dist.device_mesh.init_device_mesh(device, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in [*backbone.blocks(transformer), transformer]:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     if any(p.requires_grad and p.dtype != torch.float32 for p in transformer.parameters()):
         transformer.to(torch.float32)
+    backbone.pipeline.to(device)
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -93,6 +95,11 @@ class Weights:
         finally:
             self.write(own)
 
+    def average(self, averaged: State, decay: float) -> None:
+        """One step of the exponential moving average, in place: ``decay·averaged + (1 − decay)·weights``."""
+        for name, parameter in self.parameters.items():
+            averaged[name].copy_(torch.lerp(local(parameter), averaged[name], decay))
+
     def collect(self) -> None:
         """Take up the gradient of a micro-batch; RuntimeError where a parameter has none."""
         gradients = self._gradients()
@@ -143,10 +150,6 @@ class ShardedWeights(Weights):
     """Of a transformer that `shard` was given. FSDP adds up the gradients itself, after every active step or, if they are to
     stay whole until then, after the last one of an update."""
 
-    def __init__(self, transformer: FSDPModule) -> None:
-        super().__init__(transformer)
-        self.transformer = transformer
-
     def _sums(self) -> Tensor:
         return torch.zeros(0)
 
@@ -176,11 +179,6 @@ def clip_by_norm(gradients: list[Tensor], limit: float, add_up: AddUp | None = N
         for gradient in gradients:
             gradient.mul_(limit / found)
     return found
-
-
-def average(averaged: State, state: Mapping[str, Tensor], decay: float) -> State:
-    """One step of the exponential moving average: ``decay·averaged + (1 − decay)·state``."""
-    return {k: torch.lerp(state[k], averaged[k], decay) for k in averaged}
 
 
 def checksum(pieces: Sequence[Piece]) -> str:

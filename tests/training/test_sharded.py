@@ -115,6 +115,21 @@ def test_all_weights_are_trained_published_and_saved(folder, tmp_path):
     assert (pictured - base).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("settings", [("train.sharded=false",), ("train.sharded=true",)], ids=["whole", "sharded"])
+def test_an_adapter_over_a_bfloat16_model_learns_in_float32(folder, tmp_path, settings):
+    one, gradient = learned(configured(folder, tmp_path, "model.dtype=bfloat16", *settings))
+    assert 0 < gradient.norm() < torch.inf
+    assert {p.dtype for p in one.weights.parameters.values()} == {torch.float32}
+    assert {p.dtype for p in one.backbone.transformer.parameters() if not p.requires_grad} == {torch.bfloat16}
+    sampler = Sampler(one.config, PROMPTS, lambda _: one.policy())
+    sampler.hold(0)
+    assert {p.dtype for p in sampler.trained.values()} == {torch.float32}
+    one.save(tmp_path / "saved")
+    exported = backbones.load(folder, torch.bfloat16)
+    adapter.load_export(exported, tmp_path / "saved")
+    assert {p.dtype for p in adapter.parameters(exported.transformer)} == {torch.float32}
+
+
 def test_bfloat16_computes_and_float32_learns(tmp_path):
     folder = tiny.saved(tiny.sd3, tmp_path / "tiny")
     _, wanted = learned(configured(folder, tmp_path, *FULL))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flowbp_ray.training import weights
-from flowbp_ray.training.weights import Weights, average, clip_by_norm, load_chunk
+from flowbp_ray.training.weights import Weights, clip_by_norm, load_chunk
 
 
 def model(seed, dtype=torch.float32):
@@ -64,8 +64,11 @@ def test_another_state_is_in_the_model_for_a_while():
 
 
 def test_the_average_moves_by_one_minus_the_decay():
-    averaged = average({"a": torch.tensor([1.0])}, {"a": torch.tensor([3.0])}, decay=0.75)
-    assert averaged["a"].item() == pytest.approx(1.5)
+    trained = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(trained.weight, 3.0)
+    averaged = {"weight": torch.tensor([[1.0]])}
+    Weights(trained).average(averaged, decay=0.75)
+    assert averaged["weight"].item() == pytest.approx(1.5)
 
 
 def test_clipping_keeps_the_direction_and_reports_the_norm():
