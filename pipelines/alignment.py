@@ -28,6 +28,7 @@ from flowbp_ray.pictures import Cell, Row, sheet
 from flowbp_ray.rollouts.evaluation import Pictures, differences, evaluate, pictured, scores
 from flowbp_ray.rollouts.policy import PolicyStore
 from flowbp_ray.rollouts.prompts import read_prompts
+from flowbp_ray.rollouts.stages import service
 from flowbp_ray.rollouts.stream import rollouts
 from flowbp_ray.shapes.captions import TASKS
 from flowbp_ray.shapes.checker import check
@@ -36,7 +37,7 @@ from flowbp_ray.tracking.store import tracking_uri
 from flowbp_ray.tracking.tracker import Tracker
 from flowbp_ray.training import EXPORT_FILE, NOTE_FILE
 from flowbp_ray.training.worker import Job, train_loop
-from serve.rewards import application
+from serve.rewards import application, description
 
 PATIENCE = 180  # seconds without a first step, after which the user is told what may be missing
 
@@ -117,11 +118,14 @@ def session(config: AlignConfig, folder: Path) -> Iterator[Session]:
         .remote(uri, config.tracking.experiment, config.tracking.run_name, config.model_dump(mode="json"))
     )
     info: dict[str, str] = ray.get(tracker.info.remote())
-    rewards, status = f"rewards-{info['run_id'][:8]}", "FAILED"
+    own, status = f"rewards-{info['run_id'][:8]}", "FAILED"
     try:
         print(f"MLflow run {info['run_id']}, files in {folder}")
-        serve.run(application(config), name=rewards, route_prefix=None)
-        yield Session(tracker, rewards, info)
+        if config.reward.application:
+            check_application(config, config.reward.application)
+        else:
+            serve.run(application(config), name=own, route_prefix=None)
+        yield Session(tracker, config.reward.application or own, info)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -129,7 +133,23 @@ def session(config: AlignConfig, folder: Path) -> Iterator[Session]:
     finally:
         # The quick one first: `ray job stop` leaves three seconds.
         clean_up("end the MLflow run", lambda: ray.get(tracker.finish.remote(status), timeout=60))
-        clean_up("remove the reward service", lambda: serve.delete(rewards))
+        if not config.reward.application:
+            clean_up("remove the reward service", lambda: serve.delete(own))
+
+
+def check_application(config: AlignConfig, name: str) -> None:
+    """ConfigError unless an application of the name runs here and scores as the configuration says."""
+    running = serve.status().applications
+    if name not in running:
+        raise ConfigError(f"reward.application is {name!r}, but on this cluster Ray Serve runs {', '.join(running) or 'none'}")
+    theirs, ours = service(name).describe.remote().result(timeout_s=60), description(config.model, config.reward)
+    for key in ("decoder", "model"):
+        if theirs[key] != ours[key]:
+            raise ConfigError(f"the reward application {name!r} has the {key} {theirs[key]}, this configuration {ours[key]}")
+    for component, what in ours["components"].items():
+        if theirs["components"].get(component) != what:
+            there = theirs["components"].get(component, "none of that name")
+            raise ConfigError(f"the component {component!r} is {what}, and in the reward application {name!r} {there}")
 
 
 def align(config: AlignConfig, folder: Path) -> Outcome:

@@ -87,9 +87,10 @@ class AlignConfig(Section):
     def reserved(self) -> dict[str, float]:
         """CPUs and GPUs that all processes reserve together; one more CPU is for what only waits or passes on."""
         c, workers = self.cluster, self.train.workers
+        rewards = [] if self.reward.application else [c.rewards, *(r.deployment for r in self.reward.components if r.deployment)]
         return {
-            "CPU": c.samplers * c.sampler_cpus + workers * c.trainer_cpus + c.reward_replicas * c.reward_cpus + 1,
-            "GPU": c.samplers * c.sampler_gpus + workers * c.trainer_gpus + c.reward_replicas * c.reward_gpus,
+            "CPU": c.samplers * c.sampler_cpus + workers * c.trainer_cpus + sum(r.replicas * r.cpus for r in rewards) + 1,
+            "GPU": c.samplers * c.sampler_gpus + workers * c.trainer_gpus + sum(r.replicas * r.gpus for r in rewards),
         }
 
     @model_validator(mode="after")

@@ -1,10 +1,11 @@
 """What is trained and how, on what machines, and how it is evaluated and tracked."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict, field_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict, field_validator, model_validator
 
 from flowbp_ray.config import paths
+from flowbp_ray.config.reward import Replicas
 from flowbp_ray.config.section import Decay, Section, Text
 from flowbp_ray.tracking.store import tracking_uri
 
@@ -89,8 +90,29 @@ class Cluster(Section):
     """CPUs for each reward replica."""
     reward_gpus: NonNegativeFloat = 0.0
     """GPUs for each reward replica."""
+    reward_max_replicas: PositiveInt | None = None
+    """Up to so many are started while requests wait; null keeps the number."""
     threads: PositiveInt = 1
     """torch's threads in each of these processes."""
+
+    @property
+    def rewards(self) -> Replicas:
+        """The reward replicas."""
+        return Replicas(
+            replicas=self.reward_replicas,
+            max_replicas=self.reward_max_replicas,
+            cpus=self.reward_cpus,
+            gpus=self.reward_gpus,
+        )
+
+    @model_validator(mode="after")
+    def _replicas(self) -> Self:
+        if self.reward_max_replicas is not None and self.reward_max_replicas < self.reward_replicas:
+            raise ValueError(
+                f"reward_max_replicas is {self.reward_max_replicas}, below reward_replicas, {self.reward_replicas}: raise it or "
+                "set it to null"
+            )
+        return self
 
 
 class Evaluation(Section):

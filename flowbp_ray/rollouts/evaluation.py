@@ -53,7 +53,7 @@ def evaluate(config: AlignConfig, application: str, exported: bytes | Path | Non
         .map_batches(
             Examiner,
             fn_constructor_args=(application, settings.checked),
-            compute=ActorPoolStrategy(size=cluster.reward_replicas),
+            compute=ActorPoolStrategy(size=cluster.rewards.most),
             num_cpus=0.01,
             **whole,
         )

@@ -13,15 +13,22 @@ import numpy as np
 import ray
 from ray import serve
 from ray.actor import ActorHandle
+from ray.serve.handle import DeploymentHandle
 
 from flowbp_ray.config import AlignConfig
+from flowbp_ray.rollouts.asking import Request
 from flowbp_ray.rollouts.batches import Block, MicroBatch
 from flowbp_ray.shapes.checker import check
 from flowbp_ray.shapes.preferences import watermarked
 from flowbp_ray.training import EXPORT_FILE
 
-ANSWER_WITHIN = 600  # seconds, for one micro-batch's rewards
+REWARDS = "scoring by the reward service"
 ENCODED_AT_ONCE = 16  # prompts, to one file: what each process loses by an interruption
+
+
+def service(application: str) -> DeploymentHandle:
+    """What decodes and composes, in a running application of `serve.rewards`."""
+    return serve.get_deployment_handle("Rewards", application)
 
 
 class Admission:
@@ -53,19 +60,27 @@ class SamplerStage:
 class RewardStage:
     """Asks the reward service: one request a reward input, with the whole micro-batch."""
 
-    def __init__(self, application: str) -> None:
-        self.service = serve.get_app_handle(application)
+    def __init__(self, config: AlignConfig, application: str) -> None:
+        self.config, self.service = config, service(application)
 
     def __call__(self, block: Block) -> Block:
         """Scores and gradients in place of the reward inputs."""
-        began = time.perf_counter()
+        began, step = time.perf_counter(), int(block["step"][0])
         inputs, prompts = block.pop("inputs"), block["prompt"].tolist()
-        pending = [self.service.score.remote(np.ascontiguousarray(inputs[:, m]), prompts) for m in range(inputs.shape[1])]
-        answers = [p.result(timeout_s=ANSWER_WITHIN) for p in pending]
+        components = self.config.reward.components
+        weights = {c.name: c.weight_at(step) for c in components}
+        pending = [
+            Request(self.service, "score", np.ascontiguousarray(inputs[:, m]), prompts, weights, what=REWARDS, prompts=prompts)
+            for m in range(inputs.shape[1])
+        ]
+        answers = [p.result() for p in pending]
         block["gradients"] = np.stack([a["gradient"] for a in answers], 1)  # (B, reward inputs, C, h, w)
         block["objective"] = np.mean([a["objective"] for a in answers], 0)
         for name in answers[0]["components"]:
             block[f"reward/{name}"] = np.mean([a["components"][name] for a in answers], 0)
+        for component in components:
+            if component.schedule:
+                block[f"weight/{component.name}"] = np.full(len(prompts), weights[component.name])
         block["reward_seconds"] = np.full(len(prompts), (time.perf_counter() - began) / len(prompts))
         return block
 
@@ -135,12 +150,13 @@ class Examiner:
     """Has the pictures decoded and scored by the reward service, and checks them."""
 
     def __init__(self, application: str, checked: bool) -> None:
-        self.service, self.checked = serve.get_app_handle(application), checked
+        self.service, self.checked = service(application), checked
 
     def __call__(self, block: Block) -> Block:
         """Scores and, if asked for, the checker's verdicts in place of the latents."""
         prompts = block["prompt"].tolist()
-        seen = self.service.look.remote(np.ascontiguousarray(block.pop("latents")), prompts).result(timeout_s=ANSWER_WITHIN)
+        latents = np.ascontiguousarray(block.pop("latents"))
+        seen = Request(self.service, "look", latents, prompts, what=REWARDS, prompts=prompts).result()
         judged = {"task": block["task"], "seed": block["seed"]}
         if self.checked:
             verdicts = [check(picture, prompt) for picture, prompt in zip(seen["pictures"], prompts, strict=True)]
