@@ -38,8 +38,8 @@ class Prompts(Section):
     """What pictures are asked for in training."""
 
     path: paths.PromptsPath
-    """A text file with one prompt a line, or a .jsonl file with "prompt" in every line; ``shapes`` means the
-    embedded world's training prompts."""
+    """A text file with one prompt a line, a .jsonl file with "prompt" in every line, or a .json file with a list of either;
+    ``shapes`` means the embedded world's training prompts."""
     embeds: paths.ExistingFolder | None = None
     """A folder that ``python -m pipelines.encode_prompts`` filled, so that nobody loads text encoders; null encodes prompts when
     they are needed."""
@@ -131,6 +131,11 @@ class AlignConfig(Section):
             wrong.append(
                 f"sampling.height × sampling.width is {self.sampling.height} × {self.sampling.width}: the evaluation's checker "
                 f"reads {SIZE}×{SIZE} pictures only, so set both to {SIZE}, or evaluation.prompts to a file"
+            )
+        if self.evaluation.checked and (self.evaluation.geneval or self.evaluation.per_prompt):
+            wrong.append(
+                "evaluation.geneval and evaluation.per_prompt are for a file's prompts, and evaluation.prompts is 'shapes': set "
+                "it to a file, for geneval to one in its format"
             )
         if wrong:
             raise ValueError("\n".join(wrong))

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict, field_validator, model_validator
 
 from flowbp_ray.config import paths
+from flowbp_ray.config.evaluators import GenEval, UnifiedReward
 from flowbp_ray.config.reward import Replicas
 from flowbp_ray.config.section import Decay, Section, Text
 from flowbp_ray.tracking.store import tracking_uri
@@ -119,10 +120,20 @@ class Evaluation(Section):
     """How base and aligned model are compared: same prompts, seeds, guidance and steps."""
 
     prompts: paths.PromptsPath = "shapes"
-    """A file as in prompts.path, whose pictures the rewards alone judge; ``shapes`` means the embedded world's six tasks of
-    evaluation prompts, which its exact checker judges too."""
+    """A file as in prompts.path, whose pictures the rewards judge, and what else is asked for below; ``shapes`` means the
+    embedded world's six tasks of evaluation prompts, which its exact checker judges too."""
     per_task: PositiveInt = 300
     """Pictures for each of the six tasks, or of a file's prompts, in turn."""
+    per_prompt: PositiveInt | None = None
+    """Pictures of each of a file's prompts (GenEval's own is 4), however many; null takes per_task pictures."""
+    geneval: GenEval | None = None
+    """Judge by GenEval: ``{}`` for its published models; needs ``prompts`` in its format."""
+    unified_reward: UnifiedReward | None = None
+    """Judge by UnifiedReward, which a server of yours runs."""
+    judge_cpus: NonNegativeFloat = 0.01
+    """CPUs for each process that judges: GenEval's models need whole ones, or a GPU."""
+    judge_gpus: NonNegativeFloat = 0.0
+    """GPUs for each process that judges."""
     batch: PositiveInt = 50
     """Pictures sampled at once."""
     seed: NonNegativeInt = 0

@@ -3,6 +3,7 @@
 Ray imports this module in every process that passes a stage on, so what loads torch is imported where a model is loaded.
 """
 
+import json
 import platform
 import tempfile
 import time
@@ -18,8 +19,6 @@ from ray.serve.handle import DeploymentHandle
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.asking import Request
 from flowbp_ray.rollouts.batches import Block, MicroBatch
-from flowbp_ray.shapes.checker import check
-from flowbp_ray.shapes.preferences import watermarked
 from flowbp_ray.training import EXPORT_FILE
 
 REWARDS = "scoring by the reward service"
@@ -146,20 +145,52 @@ class Painter:
         return block | {"latents": latents.cpu().numpy()}
 
 
-class Examiner:
-    """Has the pictures decoded and scored by the reward service, and checks them."""
+def scores_file(folder: Path, seeds: Sequence[int]) -> Path:
+    """Where the scores of a block of pictures are, once all of it is done."""
+    return folder / "scores" / f"{seeds[0]}-{seeds[-1]}.parquet"
 
-    def __init__(self, application: str, checked: bool) -> None:
-        self.service, self.checked = service(application), checked
+
+class Examiner:
+    """Has the pictures decoded and scored by the reward service, judges them, and keeps them if there is a ``folder``.
+
+    RuntimeError if the folder is not to be seen from here.
+    """
+
+    def __init__(self, config: AlignConfig, application: str, folder: Path | None) -> None:
+        from flowbp_ray import evaluators
+
+        if folder and not folder.exists():
+            raise RuntimeError(f"{platform.node()} cannot see {folder}: set output to a folder that all machines share")
+        self.service, self.folder = service(application), folder
+        self.judges = evaluators.load(config.evaluation, "cuda" if config.evaluation.judge_gpus else "cpu")
 
     def __call__(self, block: Block) -> Block:
-        """Scores and, if asked for, the checker's verdicts in place of the latents."""
-        prompts = block["prompt"].tolist()
-        latents = np.ascontiguousarray(block.pop("latents"))
+        """Scores and verdicts in place of the latents."""
+        prompts, rows = block["prompt"].tolist(), [json.loads(row) for row in block["row"]]
+        latents = np.ascontiguousarray(block["latents"])
         seen = Request(self.service, "look", latents, prompts, what=REWARDS, prompts=prompts).result()
-        judged = {"task": block["task"], "seed": block["seed"]}
-        if self.checked:
-            verdicts = [check(picture, prompt) for picture, prompt in zip(seen["pictures"], prompts, strict=True)]
-            judged["right"] = np.array([verdict.right for verdict in verdicts])
-            judged["watermarked"] = np.array([watermarked(picture) for picture in seen["pictures"]])
-        return judged | {f"reward/{k}": v for k, v in seen["components"].items()}
+        judged = {k: block[k] for k in ("task", "prompt", "seed")}
+        for judge in self.judges:
+            judged |= judge(seen["pictures"], rows)
+        judged |= {f"reward/{k}": v for k, v in seen["components"].items()}
+        if self.folder:
+            self._keep(judged, seen["pictures"])
+        return judged
+
+    def _keep(self, judged: Block, pictures: np.ndarray) -> None:
+        import pyarrow as pa
+        from PIL import Image
+        from pyarrow import parquet
+
+        for seed, picture in zip(judged["seed"], pictures, strict=True):
+            Image.fromarray(picture).save(picture_file(self.folder, int(seed)))
+        # Last, and in one move: a block whose scores are there is whole.
+        file = scores_file(self.folder, judged["seed"].tolist())
+        unfinished = file.with_suffix(".tmp")
+        parquet.write_table(pa.table({k: v.tolist() for k, v in judged.items()}), unfinished)
+        unfinished.replace(file)
+
+
+def picture_file(folder: Path, seed: int) -> Path:
+    """Where the picture of a seed is."""
+    return folder / "pictures" / f"{seed:08d}.png"
