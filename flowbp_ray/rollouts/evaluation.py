@@ -43,8 +43,8 @@ def evaluate(
                 finished.append(parquet.read_table(scores_file(folder, numbers)))
                 progress(len(numbers))
                 continue
-            prompts, whole = [row["prompt"] for row in some], [json.dumps(row) for row in some]
-            source.append(pa.table({"task": [task] * len(some), "prompt": prompts, "row": whole, "seed": numbers}))
+            prompts, entries = [row["prompt"] for row in some], [json.dumps(row) for row in some]
+            source.append(pa.table({"task": [task] * len(some), "prompt": prompts, "row": entries, "seed": numbers}))
     blocks = [{k: np.array(v.to_pylist()) for k, v in zip(t.column_names, t.columns, strict=True)} for t in finished]
     if source:
         whole = {"batch_size": None, "batch_format": "numpy"}

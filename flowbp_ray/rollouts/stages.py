@@ -174,21 +174,22 @@ class Examiner:
             judged |= judge(seen["pictures"], rows)
         judged |= {f"reward/{k}": v for k, v in seen["components"].items()}
         if self.folder:
-            self._keep(judged, seen["pictures"])
+            keep(self.folder, judged, seen["pictures"])
         return judged
 
-    def _keep(self, judged: Block, pictures: np.ndarray) -> None:
-        import pyarrow as pa
-        from PIL import Image
-        from pyarrow import parquet
 
-        for seed, picture in zip(judged["seed"], pictures, strict=True):
-            Image.fromarray(picture).save(picture_file(self.folder, int(seed)))
-        # Last, and in one move: a block whose scores are there is whole.
-        file = scores_file(self.folder, judged["seed"].tolist())
-        unfinished = file.with_suffix(".tmp")
-        parquet.write_table(pa.table({k: v.tolist() for k, v in judged.items()}), unfinished)
-        unfinished.replace(file)
+def keep(folder: Path, judged: Block, pictures: np.ndarray) -> None:
+    """Write a block's pictures and then, in one move, its scores: where these are, all of it is."""
+    import pyarrow as pa
+    from PIL import Image
+    from pyarrow import parquet
+
+    for seed, picture in zip(judged["seed"], pictures, strict=True):
+        Image.fromarray(picture).save(picture_file(folder, int(seed)))
+    file = scores_file(folder, judged["seed"].tolist())
+    unfinished = file.with_suffix(".tmp")
+    parquet.write_table(pa.table({k: v.tolist() for k, v in judged.items()}), unfinished)
+    unfinished.replace(file)
 
 
 def picture_file(folder: Path, seed: int) -> Path:
