@@ -1,3 +1,6 @@
+import json
+
+import make_open_clip_expected
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
 from flowbp_ray.config.reward import FILES
-from flowbp_ray.rewards.checkpoints import Weights, read
+from flowbp_ray.rewards.checkpoints import Weights, fill, read
 from flowbp_ray.rewards.clip import MEAN, STD
 from flowbp_ray.rewards.hpsv2 import HPSv2, config_of, pixel_values, translated
 from flowbp_ray.shapes.build.text import clip_tokenizer
@@ -33,6 +36,21 @@ def test_embeddings_are_those_of_the_model_whose_weights_the_file_has(reward):
         (reward.model.get_text_features(input_ids=ids), model.get_text_features(input_ids=ids)),
     ):
         torch.testing.assert_close(ours.pooler_output, theirs.pooler_output, rtol=0, atol=1e-4)
+
+
+def test_embeddings_are_open_clips_own(tmp_path):
+    expected = json.loads(make_open_clip_expected.FILE.read_text())
+    tensors = {k: torch.from_numpy(np.asarray(v)) for k, v in make_open_clip_expected.weights(expected["shapes"]).items()}
+    weights = translated(Weights(tmp_path, tensors))
+    model = CLIPModel(config_of(weights)).eval()
+    fill(model, weights)
+    ids = torch.tensor(make_open_clip_expected.IDS)
+    images = model.get_image_features(pixel_values=torch.from_numpy(make_open_clip_expected.pixels())).pooler_output
+    texts = model.get_text_features(input_ids=ids).pooler_output
+    torch.testing.assert_close(images, torch.tensor(expected["images"]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(texts, torch.tensor(expected["texts"]), rtol=0, atol=1e-4)
+    assert images.std() > 0.5
+    assert texts.std() > 0.5
 
 
 def block(weights, prefix, heads):
