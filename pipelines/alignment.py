@@ -229,7 +229,9 @@ def trained(config: AlignConfig, prompts: list[str], folder: Path, at: Session, 
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
     )
     # As a task of its own: in the main thread Ray Train takes Ctrl-C for itself, and a thread would outlive the connection.
-    running = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_this_node())(TorchTrainer.fit).remote(trainer)
+    running = ray.remote(num_cpus=0, max_retries=0, max_calls=1, scheduling_strategy=on_this_node())(TorchTrainer.fit).remote(
+        trainer
+    )
     with progress(config.train.steps, "starting samplers and train workers", "step") as bar:
         began, told = time.monotonic(), False
         try:

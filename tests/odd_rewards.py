@@ -33,7 +33,7 @@ class Breaking:
             if how == "exit":
                 os._exit(1)
             if how == "hang":
-                time.sleep(20)
+                time.sleep(10)
             if how == "raise":
                 raise OSError("the device is lost")
             return brightness(images, prompts) * float("nan")

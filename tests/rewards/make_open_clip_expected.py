@@ -3,7 +3,7 @@
     pip install --no-deps --target DIR open_clip_torch ftfy wcwidth
     PYTHONPATH=DIR python tests/rewards/make_open_clip_expected.py
 
-open_clip is no test dependency: it needs torchvision, of which there is none for the CPU's torch. Its models don't use it, so here
+open_clip is no test dependency: it needs torchvision, of which there is none for the CPU's torch. Its models don't use it: here
 empty modules stand in its place while they are imported.
 """
 

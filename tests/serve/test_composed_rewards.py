@@ -93,6 +93,15 @@ def test_concurrent_requests_get_their_own_answers(rewards, latents):
         np.testing.assert_array_equal(answer["objective"], alone[i % 3]["objective"])
 
 
+def test_a_replica_that_does_not_answer_in_time_is_not_waited_for(rewards, latents, tmp_path):
+    odd = serve.get_deployment_handle("reward-odd", "composed")
+    pictures, prompts = np.zeros((1, 3, 8, 8), np.float32), [f"hang {tmp_path / 'hung'}"]
+    scores, gradient = ask(odd, "grade", pictures, prompts, 0.0, within=3.0)
+    assert (tmp_path / "hung").exists()
+    assert scores == 0
+    assert gradient is None
+
+
 @pytest.mark.parametrize("how", ["nan", "raise", "exit"])
 def test_what_one_replica_fails_at_is_asked_of_the_other_while_others_ask(rewards, latents, tmp_path, how):
     marker = tmp_path / "broken"
@@ -104,15 +113,6 @@ def test_what_one_replica_fails_at_is_asked_of_the_other_while_others_ask(reward
     np.testing.assert_array_equal(answer["components"]["odd"], fine["components"]["odd"])
     for other in others:
         np.testing.assert_array_equal(other.result()["gradient"], fine["gradient"])
-
-
-def test_a_replica_that_does_not_answer_in_time_is_not_waited_for(rewards, latents, tmp_path):
-    odd = serve.get_deployment_handle("reward-odd", "composed")
-    pictures, prompts = np.zeros((1, 3, 8, 8), np.float32), [f"hang {tmp_path / 'hung'}"]
-    scores, gradient = ask(odd, "grade", pictures, prompts, 0.0, within=3.0)
-    assert (tmp_path / "hung").exists()
-    assert scores == 0
-    assert gradient is None
 
 
 def test_what_fails_everywhere_ends_in_a_sentence_that_names_the_reward_and_the_prompts(rewards, latents):
