@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from flowbp_ray.config.training import Evaluation
+
 Row = dict[str, Any]
 """An entry of a prompt file: ``prompt``, and what else its format has."""
 
@@ -26,3 +28,22 @@ def paired(pictures: np.ndarray, rows: Sequence[Row]) -> None:
         raise ValueError(f"an evaluator reads pictures in uint8 of shape (B, H, W, 3), not {what}: convert them with to_uint8")
     if len(pictures) != len(rows):
         raise ValueError(f"{len(pictures)} pictures but {len(rows)} entries: give one entry of the prompt file for each picture")
+
+
+def load(settings: Evaluation, device: str) -> list[Evaluator]:
+    """The evaluators of an evaluation's settings, with their models on the device; libraries are imported for those alone."""
+    evaluators: list[Evaluator] = []
+    if settings.checked:
+        from flowbp_ray.evaluators.shapes_checker import ShapesChecker
+
+        evaluators.append(ShapesChecker())
+    if settings.geneval:
+        from flowbp_ray.evaluators.geneval import GenEval
+
+        evaluators.append(GenEval(settings.geneval.detector, settings.geneval.clip).to(device))
+    if settings.unified_reward:
+        from flowbp_ray.evaluators.unified_reward import UnifiedReward
+
+        asked = settings.unified_reward
+        evaluators.append(UnifiedReward(asked.url, asked.model, asked.key_variable))
+    return evaluators

@@ -11,10 +11,12 @@ import pytest
 import tiny
 from mlflow import MlflowClient
 from PIL import Image
+from tiny_detector import saved_clip, saved_detector
 
 from flowbp_ray.backbones.sd3 import SD3Backbone
 from flowbp_ray.config import load
 from flowbp_ray.pictures import to_uint8
+from flowbp_ray.tracking.run import TrackedRun
 from flowbp_ray.training import adapter
 from pipelines import alignment, evaluate
 
@@ -115,8 +117,6 @@ def test_base_and_adapter_side_by_side_after_an_interruption(command, tuned, tmp
 
 def test_an_mlflow_run_and_a_registered_model_are_their_adapters(command, tuned, tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    from flowbp_ray.tracking.run import TrackedRun
-
     config = load(SPARSE, [*SMALL, f"output={tmp_path}/runs", f"tracking.uri={uri}"])
     run = TrackedRun(uri, "flowbp_ray", "align", config=config.model_dump(mode="json"))
     kept = tmp_path / "adapter"
@@ -140,10 +140,8 @@ def test_an_mlflow_run_and_a_registered_model_are_their_adapters(command, tuned,
 
 
 def test_geneval_judges_by_its_tags(command, tmp_path):
-    import tiny_detector
-
-    model, detector, clip = tiny.saved(tiny.sd3, tmp_path / "model"), tmp_path / "detector", tmp_path / "clip"
-    tiny_detector.save(detector, clip)
+    model = tiny.saved(tiny.sd3, tmp_path / "model")
+    detector, clip = saved_detector(tmp_path / "detector"), saved_clip(tmp_path / "clip")
     entries = [
         {"tag": tag, "include": [{"class": "dog", "count": 1}], "prompt": f"a photo of a dog, {tag}"}
         for tag in ("single_object", "two_object", "counting", "colors", "position", "color_attr")
