@@ -13,6 +13,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, Mask2FormerImageProce
 from flowbp_ray.evaluators import geneval
 from flowbp_ray.evaluators.geneval import GenEval, objects, prepared
 from flowbp_ray.evaluators.geneval_rules import CLASSES, COLOURS, Detection
+from flowbp_ray.shapes.build.text import clip_tokenizer
 
 SIZE = 96  # of pictures, and here of the detector's input
 
