@@ -107,7 +107,7 @@ def intended(config: AlignConfig) -> str:
     import numpy as np
 
     from flowbp_ray.rollouts.plans import plan_of
-    from flowbp_ray.rollouts.prompts import read_prompts
+    from flowbp_ray.rollouts.prompts import pictured, read_prompts
 
     if (config.adapter and config.adapter.init_from) or config.prompts.embeds:
         from pipelines import quiet_libraries
@@ -118,17 +118,10 @@ def intended(config: AlignConfig) -> str:
 
         check_start(config)
         embeds.check(config)
-    for number, component in enumerate(config.reward.components):
-        if component.kind == "function":
-            from flowbp_ray.rewards.user import imported
-
-            imported(component.source)
-        for setting, source, file in component.files():
-            check_model(f"reward.components.{number}.{setting}", source, file, None)
+    check_rewards(config)
     train, prompts = config.train, read_prompts(config.prompts)
     reserved = ", ".join(f"{number:g} {kind}s" for kind, number in config.reserved().items() if number)
-    tasks = 6 if config.evaluation.checked else 1
-    pictures = tasks * config.evaluation.per_task * (2 if config.evaluation.before else 1)
+    pictures = sum(map(len, pictured(config).values())) * (2 if config.evaluation.before else 1)
     return "\n".join(
         [
             masked(dump(config)),
@@ -140,6 +133,17 @@ def intended(config: AlignConfig) -> str:
             f"MLflow: {masked(tracking_uri(config.tracking.uri))}; files: {config.output}. Nothing was started.",
         ]
     )
+
+
+def check_rewards(config: AlignConfig) -> None:
+    """ValueError or OSError unless every reward's files are here or on the hub, and one's own can be imported."""
+    for number, component in enumerate(config.reward.components):
+        if component.kind == "function":
+            from flowbp_ray.rewards.user import imported
+
+            imported(component.source)
+        for setting, source, file in component.files():
+            check_model(f"reward.components.{number}.{setting}", source, file, None)
 
 
 def pinned(config: AlignConfig) -> AlignConfig:

@@ -25,18 +25,18 @@ from tqdm import tqdm
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump
 from flowbp_ray.pictures import Cell, Row, sheet
-from flowbp_ray.rollouts.evaluation import Pictures, differences, evaluate, pictured, scores
+from flowbp_ray.rollouts.evaluation import Pictures, differences, evaluate, scores
 from flowbp_ray.rollouts.policy import PolicyStore
-from flowbp_ray.rollouts.prompts import read_prompts
+from flowbp_ray.rollouts.prompts import pictured, read_prompts
+from flowbp_ray.rollouts.stages import service
 from flowbp_ray.rollouts.stream import rollouts
-from flowbp_ray.shapes.captions import TASKS
 from flowbp_ray.shapes.checker import check
 from flowbp_ray.shapes.evaluation import Score
 from flowbp_ray.tracking.store import tracking_uri
 from flowbp_ray.tracking.tracker import Tracker
 from flowbp_ray.training import EXPORT_FILE, NOTE_FILE
 from flowbp_ray.training.worker import Job, train_loop
-from serve.rewards import application
+from serve.rewards import application, description
 
 PATIENCE = 180  # seconds without a first step, after which the user is told what may be missing
 
@@ -119,11 +119,10 @@ def session(config: AlignConfig, folder: Path) -> Iterator[Session]:
         .remote(uri, config.tracking.experiment, config.tracking.run_name, config.model_dump(mode="json"))
     )
     info: dict[str, str] = ray.get(tracker.info.remote())
-    rewards, status = f"rewards-{info['run_id'][:8]}", "FAILED"
+    own, status = f"rewards-{info['run_id'][:8]}", "FAILED"
     try:
         print(f"MLflow run {info['run_id']}, files in {folder}")
-        serve.run(application(config), name=rewards, route_prefix=None)
-        yield Session(tracker, rewards, info)
+        yield Session(tracker, serve_rewards(config, own), info)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -131,7 +130,37 @@ def session(config: AlignConfig, folder: Path) -> Iterator[Session]:
     finally:
         # The quick one first: `ray job stop` leaves three seconds.
         clean_up("end the MLflow run", lambda: ray.get(tracker.finish.remote(status), timeout=60))
-        clean_up("remove the reward service", lambda: serve.delete(rewards))
+        remove_rewards(config, own)
+
+
+def serve_rewards(config: AlignConfig, own: str) -> str:
+    """The name of the application that scores: the running one of the configuration, or a new one of the name ``own``."""
+    if config.reward.application:
+        check_application(config, config.reward.application)
+        return config.reward.application
+    serve.run(application(config), name=own, route_prefix=None)
+    return own
+
+
+def remove_rewards(config: AlignConfig, own: str) -> None:
+    """End what `serve_rewards` started."""
+    if not config.reward.application:
+        clean_up("remove the reward service", lambda: serve.delete(own))
+
+
+def check_application(config: AlignConfig, name: str) -> None:
+    """ConfigError unless an application of the name runs here and scores as the configuration says."""
+    running = serve.status().applications
+    if name not in running:
+        raise ConfigError(f"reward.application is {name!r}, but on this cluster Ray Serve runs {', '.join(running) or 'none'}")
+    theirs, ours = service(name).describe.remote().result(timeout_s=60), description(config.model, config.reward)
+    for key in ("decoder", "model"):
+        if theirs[key] != ours[key]:
+            raise ConfigError(f"the reward application {name!r} has the {key} {theirs[key]}, this configuration {ours[key]}")
+    for component, what in ours["components"].items():
+        if theirs["components"].get(component) != what:
+            there = theirs["components"].get(component, "none of that name")
+            raise ConfigError(f"the component {component!r} is {what}, and in the reward application {name!r} {there}")
 
 
 def align(config: AlignConfig, folder: Path) -> Outcome:
@@ -281,7 +310,7 @@ def follow(bar: tqdm, newest: tuple[int, dict[str, float]] | None) -> None:
 
 def judged(config: AlignConfig, name: str, at: Session, exported: bytes | Path | None, step: int) -> Pictures:
     """Evaluate, and log the figures."""
-    total = sum(map(len, pictured(config, config.evaluation.per_task).values()))
+    total = sum(map(len, pictured(config).values()))
     with progress(total, f"evaluate {name}", "picture") as bar:
         pictures = evaluate(config, at.rewards, exported, bar.update)
     averages = scores(pictures)
@@ -294,8 +323,8 @@ def judged(config: AlignConfig, name: str, at: Session, exported: bytes | Path |
 def previewed(config: AlignConfig) -> list[tuple[str, int]]:
     """The prompts and seeds that are pictured along the way: the tasks in turn."""
     number = config.evaluation.preview_prompts
-    by_task = pictured(config, math.ceil(number / (len(TASKS) if config.evaluation.checked else 1)) or 1).values()
-    return [(prompt, seed) for seed, prompt in enumerate([p for row in zip(*by_task, strict=True) for p in row][:number])]
+    by_task = pictured(config, number or 1).values()
+    return [(row["prompt"], seed) for seed, row in enumerate([r for rows in zip(*by_task, strict=True) for r in rows][:number])]
 
 
 def before_after(config: AlignConfig, prompts: list[str], before: Any, after: Any, heading: str) -> Any:

@@ -1,14 +1,17 @@
-"""Measure the parts of an alignment at full size, without ray, checkpoints or network.
+"""Measure the parts of an alignment, without checkpoints or network; all but `reward` without ray.
 
     python -m pipelines.benchmark update --model sd35 --random-weights
     python -m pipelines.benchmark update --model flux1 --random-weights --full --gradient-checkpointing --batch 2
     python -m pipelines.benchmark fits --caps 24 48 80
+    python -m pipelines.benchmark reward
 
 `update` measures one step at a time against the whole graph, on the GPU if there is one, and says what fits for its model;
-`fits` counts that for all models, without a GPU. Each table in Markdown is followed by its figures as one line of JSON.
+`fits` counts that for all models, without a GPU; `reward` compares the reward service, on a local cluster, with a call in one
+process, and kills a replica of it under load. Each table in Markdown is followed by its figures as one line of JSON.
 """
 
 import argparse
+import json
 import sys
 
 STEPS = 25  # of the published samplers
@@ -37,6 +40,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     update.add_argument("--repeats", type=int, default=3, help="timed runs, whose median is taken (default: %(default)s)")
     fits = commands.add_parser("fits", help="the largest micro-batch under caps of memory, counted: needs no GPU")
     fits.add_argument("--model", help="one of sd35, flux1, flux2 (default: all)")
+    reward = commands.add_parser("reward", help="milliseconds and bytes of the reward service over a call in one process")
+    reward.add_argument("--repeats", type=int, default=20, help="requests whose median is taken (default: %(default)s)")
+    reward.add_argument("--clients", type=int, default=4, help="that ask at once, later on (default: %(default)s)")
     for command in (update, fits):
         command.add_argument(
             "--caps", type=float, nargs="+", default=[24, 48, 80], metavar="GB", help="GPUs' memory (default: 24 48 80)"
@@ -48,6 +54,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
                 parser.error(f"--{name} {min(numbers)}: at least 1 is needed")
         if max(args.active) > STEPS:
             parser.error(f"--active {max(args.active)}: the sampler has {STEPS} steps, and no more can be active")
+    if args.command == "reward":
+        if min(args.repeats, args.clients) < 1:
+            parser.error(f"--repeats {args.repeats} --clients {args.clients}: at least 1 of each is needed")
+        return args
     if min(args.caps) <= 0:
         parser.error(f"--caps {min(args.caps):g}: a GPU has more than 0 GB")
     return args
@@ -59,6 +69,13 @@ def main(given: list[str] | None = None) -> None:
     from pipelines import quiet_libraries
 
     quiet_libraries()
+    if args.command == "reward":
+        from pipelines import reward_cost
+
+        rows = reward_cost.measure(args.repeats, args.clients, lambda text: print(text, file=sys.stderr))
+        print(reward_cost.table(rows))
+        print(json.dumps(rows))
+        return
     from flowbp_ray.backbones.published import PUBLISHED
     from pipelines import full_size
 

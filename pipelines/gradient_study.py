@@ -95,7 +95,7 @@ def study(config: AlignConfig, args: argparse.Namespace, folder: Path) -> None:
     from tqdm import tqdm
 
     from flowbp_ray.training.study import PUBLISHED, Study, methods_of
-    from serve.rewards import Rewards
+    from serve import rewards
 
     # Where a clip cuts the reward off a sample has no gradient, and nothing is there to be compared.
     unclipped = [component.model_copy(update={"clip": None}) for component in config.reward.components]
@@ -104,10 +104,10 @@ def study(config: AlignConfig, args: argparse.Namespace, folder: Path) -> None:
     for sentence in left_out:
         print(sentence, file=sys.stderr)
     growing = {name: s for name, s in methods.items() if name in (*PUBLISHED, config.surrogate.method, "full")}
-    rewards = Rewards(config)
+    service = rewards.here(config)
 
     def gradient(latents: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        return torch.from_numpy(rewards.score(latents.cpu().numpy(), prompts)["gradient"]).to(latents.device)
+        return torch.from_numpy(service.score(latents.cpu().numpy(), prompts)["gradient"]).to(latents.device)
 
     studied = Study(config, args.samples, gradient)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,19 @@
 """What all tests share: one thread a process (two cores are not to be fought over), and a tiny random pipeline."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+
+# Two busy cores may stop anywhere for a second: how long an example took says nothing.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -77,7 +84,10 @@ def cluster():
     import ray
     from ray import serve
 
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+    # Rewards of the tests' own are imported in replicas.
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}}
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env=environment)
     serve.start(proxy_location="Disabled")  # nothing is asked over HTTP, and on two busy cores the proxy starts too late
     yield
     serve.shutdown()

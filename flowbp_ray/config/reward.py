@@ -1,8 +1,18 @@
 """What pictures are scored by: each reward's kind and files, and its part in the objective."""
 
-from typing import Annotated, Literal, NamedTuple
+from bisect import bisect_right
+from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import Field, NonNegativeFloat, Strict, ValidationInfo, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Strict,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from flowbp_ray.config import paths
 from flowbp_ray.config.section import Section, Text
@@ -30,6 +40,35 @@ FILES = {
 }
 
 
+Schedule = Annotated[
+    tuple[Annotated[tuple[NonNegativeInt, NonNegativeFloat], Strict(False)], ...], Strict(False), Field(min_length=1)
+]
+
+
+class Replicas(Section):
+    """Processes of a deployment on Ray Serve."""
+
+    replicas: PositiveInt = 1
+    """How many there are, at least."""
+    max_replicas: PositiveInt | None = None
+    """Up to so many are started while requests wait, and stopped again; null keeps the number."""
+    cpus: NonNegativeFloat = 1.0
+    """CPUs for each."""
+    gpus: NonNegativeFloat = 0.0
+    """GPUs for each; fractions share one."""
+
+    @property
+    def most(self) -> int:
+        """How many there ever are."""
+        return self.max_replicas or self.replicas
+
+    @model_validator(mode="after")
+    def _room(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas is {self.max_replicas}, below replicas, {self.replicas}: raise it or set it to null")
+        return self
+
+
 class RewardComponent(Section):
     """One reward and its part in the objective J = Σ weight · min(reward, clip)."""
 
@@ -45,8 +84,20 @@ class RewardComponent(Section):
     """Folder or Hugging Face id of the tokenizer, for ``aesthetic`` of the CLIP; null takes the published one."""
     weight: NonNegativeFloat
     """Its factor in the objective; 0 is monitored only."""
+    schedule: Schedule | None = None
+    """Pairs of a step and a factor on the weight from then on, linear between them, as in [[0, 1], [100, 0.2]]; null is 1."""
     clip: float | None = None
     """Above this score there is nothing more to gain; null is no bound."""
+    deployment: Replicas | None = None
+    """Processes of its own, which score while others do; null scores where pictures are decoded."""
+
+    @field_validator("schedule")
+    @classmethod
+    def _forward(cls, schedule: Schedule | None) -> Schedule | None:
+        steps = [step for step, _ in schedule or ()]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"its steps are {steps}: let each be later than the one before")
+        return schedule
 
     @field_validator("path")
     @classmethod
@@ -75,6 +126,15 @@ class RewardComponent(Section):
             paths.model(path, paths.REWARD_MODELS, files.encoder_index)
         return None
 
+    def weight_at(self, step: int) -> float:
+        """The weight in a training step."""
+        if not self.schedule:
+            return self.weight
+        steps = [s for s, _ in self.schedule]
+        after = bisect_right(steps, step)
+        (s0, f0), (s1, f1) = self.schedule[max(after - 1, 0)], self.schedule[min(after, len(steps) - 1)]
+        return self.weight * (f0 if s1 == s0 or step < s0 else f0 + (f1 - f0) * (step - s0) / (s1 - s0))
+
     @property
     def source(self) -> str:
         """A folder, a file, a Hugging Face id or an import path."""
@@ -98,6 +158,11 @@ class Reward(Section):
 
     components: Annotated[tuple[RewardComponent, ...], Strict(False)]
     """The list of rewards, each with name, path and weight."""
+    application: Text | None = None
+    """A Ray Serve application of serve.rewards that runs on the cluster and has these components; null starts one for the run."""
+    decoder: Literal["plain", "checkpointed", "tiled"] = "plain"
+    """How the gradient goes through the decoder: ``checkpointed`` computes it again for less memory, ``tiled`` decodes large
+    pictures in overlapping tiles, for less still, and not quite the same pictures."""
 
     @field_validator("components")
     @classmethod

@@ -39,8 +39,8 @@ class Prompts(Section):
     """What pictures are asked for in training."""
 
     path: paths.PromptsPath
-    """A text file with one prompt a line, or a .jsonl file with "prompt" in every line; ``shapes`` means the
-    embedded world's training prompts."""
+    """A text file with one prompt a line, a .jsonl file with "prompt" in every line, or a .json file with a list of either;
+    ``shapes`` means the embedded world's training prompts."""
     embeds: paths.ExistingFolder | None = None
     """A folder that ``python -m pipelines.encode_prompts`` filled, so that nobody loads text encoders; null encodes prompts when
     they are needed."""
@@ -89,9 +89,10 @@ class AlignConfig(Section):
     def reserved(self) -> dict[str, float]:
         """CPUs and GPUs that all processes reserve together; one more CPU is for what only waits or passes on."""
         c, workers = self.cluster, self.train.workers
+        rewards = [] if self.reward.application else [c.rewards, *(r.deployment for r in self.reward.components if r.deployment)]
         return {
-            "CPU": c.samplers * c.sampler_cpus + workers * c.trainer_cpus + c.reward_replicas * c.reward_cpus + 1,
-            "GPU": c.samplers * c.sampler_gpus + workers * c.trainer_gpus + c.reward_replicas * c.reward_gpus,
+            "CPU": c.samplers * c.sampler_cpus + workers * c.trainer_cpus + sum(r.replicas * r.cpus for r in rewards) + 1,
+            "GPU": c.samplers * c.sampler_gpus + workers * c.trainer_gpus + sum(r.replicas * r.gpus for r in rewards),
         }
 
     @model_validator(mode="after")
@@ -139,6 +140,11 @@ class AlignConfig(Section):
             wrong.append(
                 f"sampling.height × sampling.width is {self.sampling.height} × {self.sampling.width}: the evaluation's checker "
                 f"reads {SIZE}×{SIZE} pictures only, so set both to {SIZE}, or evaluation.prompts to a file"
+            )
+        if self.evaluation.checked and (self.evaluation.geneval or self.evaluation.per_prompt):
+            wrong.append(
+                "evaluation.geneval and evaluation.per_prompt are for a file's prompts, and evaluation.prompts is 'shapes': set "
+                "it to a file, for geneval to one in its format"
             )
         if wrong:
             raise ValueError("\n".join(wrong))

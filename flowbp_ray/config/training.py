@@ -1,10 +1,12 @@
 """What is trained and how, on what machines, and how it is evaluated and tracked."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict, field_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict, field_validator, model_validator
 
 from flowbp_ray.config import paths
+from flowbp_ray.config.evaluators import GenEval, UnifiedReward
+from flowbp_ray.config.reward import Replicas
 from flowbp_ray.config.section import Decay, Section, Text
 from flowbp_ray.tracking.store import tracking_uri
 
@@ -109,18 +111,49 @@ class Cluster(Section):
     """CPUs for each reward replica."""
     reward_gpus: NonNegativeFloat = 0.0
     """GPUs for each reward replica."""
+    reward_max_replicas: PositiveInt | None = None
+    """Up to so many are started while requests wait; null keeps the number."""
     threads: PositiveInt = 1
     """torch's threads in each of these processes."""
+
+    @property
+    def rewards(self) -> Replicas:
+        """The reward replicas."""
+        return Replicas(
+            replicas=self.reward_replicas,
+            max_replicas=self.reward_max_replicas,
+            cpus=self.reward_cpus,
+            gpus=self.reward_gpus,
+        )
+
+    @model_validator(mode="after")
+    def _replicas(self) -> Self:
+        if self.reward_max_replicas is not None and self.reward_max_replicas < self.reward_replicas:
+            raise ValueError(
+                f"reward_max_replicas is {self.reward_max_replicas}, below reward_replicas, {self.reward_replicas}: raise it or "
+                "set it to null"
+            )
+        return self
 
 
 class Evaluation(Section):
     """How base and aligned model are compared: same prompts, seeds, guidance and steps."""
 
     prompts: paths.PromptsPath = "shapes"
-    """A file as in prompts.path, whose pictures the rewards alone judge; ``shapes`` means the embedded world's six tasks of
-    evaluation prompts, which its exact checker judges too."""
+    """A file as in prompts.path, whose pictures the rewards judge, and what else is asked for below; ``shapes`` means the
+    embedded world's six tasks of evaluation prompts, which its exact checker judges too."""
     per_task: PositiveInt = 300
     """Pictures for each of the six tasks, or of a file's prompts, in turn."""
+    per_prompt: PositiveInt | None = None
+    """Pictures of each of a file's prompts (GenEval's own is 4), however many; null takes per_task pictures."""
+    geneval: GenEval | None = None
+    """Judge by GenEval: ``{}`` for its published models; needs ``prompts`` in its format."""
+    unified_reward: UnifiedReward | None = None
+    """Judge by UnifiedReward, which a server of yours runs."""
+    judge_cpus: NonNegativeFloat = 0.01
+    """CPUs for each process that judges: GenEval's models need whole ones, or a GPU."""
+    judge_gpus: NonNegativeFloat = 0.0
+    """GPUs for each process that judges."""
     batch: PositiveInt = 50
     """Pictures sampled at once."""
     seed: NonNegativeInt = 0

@@ -137,11 +137,12 @@ def write(folder: Path, prompts: list[str], conditioning: Conditioning) -> None:
 
 def wanted(config: AlignConfig) -> list[str]:
     """All prompts that an alignment asks for, each once: training's, the evaluation's and previews', and the negative one."""
-    from flowbp_ray.rollouts.evaluation import pictured
+    from flowbp_ray.rollouts.prompts import pictured
 
     settings = config.evaluation
-    pictures = pictured(config, max(settings.per_task, settings.preview_prompts))  # previews are of the first of them
-    return list(dict.fromkeys([*read_prompts(config.prompts), *(p for task in pictures.values() for p in task), ""]))
+    asked = [pictured(config), pictured(config, settings.preview_prompts)]  # previews are of the first of a task
+    rows = [row["prompt"] for tasks in asked for task in tasks.values() for row in task]
+    return list(dict.fromkeys([*read_prompts(config.prompts), *rows, ""]))
 
 
 def encoder_of(config: AlignConfig) -> Identity:

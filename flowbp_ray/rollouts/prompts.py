@@ -1,29 +1,78 @@
-"""The prompts that pictures are asked for in training."""
+"""What pictures are asked for: prompts, and what else a prompt file says of each."""
 
 import json
+from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
+from flowbp_ray.config import AlignConfig
 from flowbp_ray.config.schema import Prompts
-from flowbp_ray.shapes.captions import training_prompts
+from flowbp_ray.shapes.captions import evaluation_prompts, training_prompts
+
+Row = dict[str, Any]
 
 
 def read_prompts(prompts: Prompts) -> list[str]:
-    """All prompts of a configuration, in order; ValueError says which line of the file is none."""
-    if prompts.file is None:
-        return training_prompts()
-    texts = [_prompt(prompts.file, number, line) for number, line in enumerate(prompts.file.read_text("utf-8").splitlines(), 1)]
-    if not any(texts):
-        raise ValueError(f"there are no prompts in {prompts.file}")
-    return [t for t in texts if t]
+    """All prompts of a configuration, in order. Errors as `read_rows`'s."""
+    return training_prompts() if prompts.file is None else [row["prompt"] for row in read_rows(prompts.file)]
 
 
-def _prompt(file: Path, number: int, line: str) -> str:
-    if file.suffix != ".jsonl" or not line.strip():
-        return line.strip()
+def pictured(config: AlignConfig, number: int | None = None) -> dict[str, list[Row]]:
+    """The prompts of each task of the evaluation, with what else their file says of them, one a picture, or the first ``number``
+    of each task; a file's are one task, those of GenEval's format its six."""
+    settings = config.evaluation
+    if settings.checked:
+        tasks = evaluation_prompts(number or settings.per_task, settings.seed)
+        return {task: [{"prompt": prompt} for prompt in prompts] for task, prompts in tasks.items()}
+    file, groups = Path(settings.prompts), dict[str, list[Row]]()
+    if settings.geneval:
+        from flowbp_ray.evaluators import geneval_rules
+
+        for row in geneval_rules.read(file):
+            groups.setdefault(row["tag"], []).append(row)
+    else:
+        groups = {"prompts": read_rows(file)}
+    if settings.per_prompt and number is None:
+        return {task: [row for row in rows for _ in range(settings.per_prompt)] for task, rows in groups.items()}
+    return {task: list(islice(cycle(rows), number or settings.per_task)) for task, rows in groups.items()}
+
+
+def read_rows(file: Path) -> list[Row]:
+    """All entries of a prompt file, ``prompt`` and what else there is: of text one a line, of .jsonl an object a line, of .json
+    a list of prompts (as HPDv2's) or of objects. ValueError says which line or entry is none."""
     try:
-        prompt = json.loads(line)["prompt"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8") from error
+    if file.suffix == ".json":
+        try:
+            entries = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {error.lineno}: invalid JSON: {error.msg}") from error
+        if not isinstance(entries, list):
+            raise ValueError(f'{file} has to be a list of prompts, or of objects with "prompt"')
+        rows = [_row(file, f"entry {n}", {"prompt": e} if isinstance(e, str) else e) for n, e in enumerate(entries, 1)]
+    elif file.suffix == ".jsonl":
+        lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        rows = [_row(file, f"line {n}", _object(file, n, line)) for n, line in lines]
+    else:
+        rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
+    if not rows:
+        raise ValueError(f"there are no prompts in {file}")
+    return rows
+
+
+def _object(file: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
         raise ValueError(f'{file}, line {number}: write an object with "prompt", not {line[:60]!r}') from error
+
+
+def _row(file: Path, where: str, entry: Any) -> Row:
+    if not isinstance(entry, dict) or "prompt" not in entry:
+        raise ValueError(f'{file}, {where}: write an object with "prompt", not {json.dumps(entry, ensure_ascii=False)[:60]!r}')
+    prompt = entry["prompt"]
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{file}, line {number}: the prompt is {prompt!r}, not text")
-    return prompt.strip()
+        raise ValueError(f"{file}, {where}: the prompt is {prompt!r}, not text")
+    return entry | {"prompt": prompt.strip()}

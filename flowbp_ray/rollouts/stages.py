@@ -3,6 +3,7 @@
 Ray imports this module in every process that passes a stage on, so what loads torch is imported where a model is loaded.
 """
 
+import json
 import platform
 import tempfile
 import time
@@ -13,15 +14,20 @@ import numpy as np
 import ray
 from ray import serve
 from ray.actor import ActorHandle
+from ray.serve.handle import DeploymentHandle
 
 from flowbp_ray.config import AlignConfig
+from flowbp_ray.rollouts.asking import Request
 from flowbp_ray.rollouts.batches import Block, MicroBatch
-from flowbp_ray.shapes.checker import check
-from flowbp_ray.shapes.preferences import watermarked
 from flowbp_ray.training import EXPORT_FILE
 
-ANSWER_WITHIN = 600  # seconds, for one micro-batch's rewards
+REWARDS = "scoring by the reward service"
 ENCODED_AT_ONCE = 16  # prompts, to one file: what each process loses by an interruption
+
+
+def service(application: str) -> DeploymentHandle:
+    """What decodes and composes, in a running application of `serve.rewards`."""
+    return serve.get_deployment_handle("Rewards", application)
 
 
 class Admission:
@@ -53,19 +59,27 @@ class SamplerStage:
 class RewardStage:
     """Asks the reward service: one request a reward input, with the whole micro-batch."""
 
-    def __init__(self, application: str) -> None:
-        self.service = serve.get_app_handle(application)
+    def __init__(self, config: AlignConfig, application: str) -> None:
+        self.config, self.service = config, service(application)
 
     def __call__(self, block: Block) -> Block:
         """Scores and gradients in place of the reward inputs."""
-        began = time.perf_counter()
+        began, step = time.perf_counter(), int(block["step"][0])
         inputs, prompts = block.pop("inputs"), block["prompt"].tolist()
-        pending = [self.service.score.remote(np.ascontiguousarray(inputs[:, m]), prompts) for m in range(inputs.shape[1])]
-        answers = [p.result(timeout_s=ANSWER_WITHIN) for p in pending]
+        components = self.config.reward.components
+        weights = {c.name: c.weight_at(step) for c in components}
+        pending = [
+            Request(self.service, "score", np.ascontiguousarray(inputs[:, m]), prompts, weights, what=REWARDS, prompts=prompts)
+            for m in range(inputs.shape[1])
+        ]
+        answers = [p.result() for p in pending]
         block["gradients"] = np.stack([a["gradient"] for a in answers], 1)  # (B, reward inputs, C, h, w)
         block["objective"] = np.mean([a["objective"] for a in answers], 0)
         for name in answers[0]["components"]:
             block[f"reward/{name}"] = np.mean([a["components"][name] for a in answers], 0)
+        for component in components:
+            if component.schedule:
+                block[f"weight/{component.name}"] = np.full(len(prompts), weights[component.name])
         block["reward_seconds"] = np.full(len(prompts), (time.perf_counter() - began) / len(prompts))
         return block
 
@@ -131,19 +145,53 @@ class Painter:
         return block | {"latents": latents.cpu().numpy()}
 
 
-class Examiner:
-    """Has the pictures decoded and scored by the reward service, and checks them."""
+def scores_file(folder: Path, seeds: Sequence[int]) -> Path:
+    """Where the scores of a block of pictures are, once all of it is done."""
+    return folder / "scores" / f"{seeds[0]}-{seeds[-1]}.parquet"
 
-    def __init__(self, application: str, checked: bool) -> None:
-        self.service, self.checked = serve.get_app_handle(application), checked
+
+class Examiner:
+    """Has the pictures decoded and scored by the reward service, judges them, and keeps them if there is a ``folder``.
+
+    RuntimeError if the folder is not to be seen from here.
+    """
+
+    def __init__(self, config: AlignConfig, application: str, folder: Path | None) -> None:
+        from flowbp_ray import evaluators
+
+        if folder and not folder.exists():
+            raise RuntimeError(f"{platform.node()} cannot see {folder}: set output to a folder that all machines share")
+        self.service, self.folder = service(application), folder
+        self.judges = evaluators.load(config.evaluation, "cuda" if config.evaluation.judge_gpus else "cpu")
 
     def __call__(self, block: Block) -> Block:
-        """Scores and, if asked for, the checker's verdicts in place of the latents."""
-        prompts = block["prompt"].tolist()
-        seen = self.service.look.remote(np.ascontiguousarray(block.pop("latents")), prompts).result(timeout_s=ANSWER_WITHIN)
-        judged = {"task": block["task"], "seed": block["seed"]}
-        if self.checked:
-            verdicts = [check(picture, prompt) for picture, prompt in zip(seen["pictures"], prompts, strict=True)]
-            judged["right"] = np.array([verdict.right for verdict in verdicts])
-            judged["watermarked"] = np.array([watermarked(picture) for picture in seen["pictures"]])
-        return judged | {f"reward/{k}": v for k, v in seen["components"].items()}
+        """Scores and verdicts in place of the latents."""
+        prompts, rows = block["prompt"].tolist(), [json.loads(row) for row in block["row"]]
+        latents = np.ascontiguousarray(block["latents"])
+        seen = Request(self.service, "look", latents, prompts, what=REWARDS, prompts=prompts).result()
+        judged = {k: block[k] for k in ("task", "prompt", "seed")}
+        for judge in self.judges:
+            judged |= judge(seen["pictures"], rows)
+        judged |= {f"reward/{k}": v for k, v in seen["components"].items()}
+        if self.folder:
+            keep(self.folder, judged, seen["pictures"])
+        return judged
+
+
+def keep(folder: Path, judged: Block, pictures: np.ndarray) -> None:
+    """Write a block's pictures and then, in one move, its scores: where these are, all of it is."""
+    import pyarrow as pa
+    from PIL import Image
+    from pyarrow import parquet
+
+    for seed, picture in zip(judged["seed"], pictures, strict=True):
+        Image.fromarray(picture).save(picture_file(folder, int(seed)))
+    file = scores_file(folder, judged["seed"].tolist())
+    unfinished = file.with_suffix(".tmp")
+    parquet.write_table(pa.table({k: v.tolist() for k, v in judged.items()}), unfinished)
+    unfinished.replace(file)
+
+
+def picture_file(folder: Path, seed: int) -> Path:
+    """Where the picture of a seed is."""
+    return folder / "pictures" / f"{seed:08d}.png"

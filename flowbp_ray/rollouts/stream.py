@@ -35,6 +35,6 @@ def rollouts(config: AlignConfig, prompts: Sequence[str], store: ActorHandle, ap
             **whole,
         )
         .map_batches(
-            RewardStage, fn_constructor_args=(application,), compute=pool(cluster.reward_replicas), num_cpus=0.01, **whole
+            RewardStage, fn_constructor_args=(config, application), compute=pool(cluster.rewards.most), num_cpus=0.01, **whole
         )
     )

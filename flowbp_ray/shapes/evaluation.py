@@ -41,9 +41,9 @@ def six_tasks(values: Mapping[str, Sequence[float] | np.ndarray]) -> dict[str, S
     return scores | {"mean": Score(mean, float(np.sqrt((errors**2).sum()) / len(TASKS)))}
 
 
-def seeds(task: str, start: int, number: int, evaluation: int = 0) -> list[int]:
-    """Of the noise of a task's pictures from ``start`` on: no two pictures of a task, of tasks or of evaluations share any."""
-    place = TASKS.index(task) if task in TASKS else 0  # a file's prompts are one task
+def seeds(place: int, start: int, number: int, evaluation: int = 0) -> list[int]:
+    """Of the noise of a task's pictures from ``start`` on, the task by its place among at most six: no two pictures of a task, of
+    tasks or of evaluations share any."""
     first = (evaluation * len(TASKS) + place) * MOST + start
     return list(range(first, first + number))
 
@@ -53,10 +53,10 @@ def judge(
 ) -> dict[str, list[bool]]:
     """Sample every prompt and say task by task which pictures are right."""
     rights = {}
-    for task, texts in prompts.items():
+    for place, (task, texts) in enumerate(prompts.items()):
         pictures: list[np.ndarray] = []
         for start in range(0, len(texts), batch):
             some = list(texts[start : start + batch])
-            pictures.extend(to_uint8(sample(some, seeds(task, start, len(some)))))
+            pictures.extend(to_uint8(sample(some, seeds(place, start, len(some)))))
         rights[task] = [check(p, t).right for p, t in zip(pictures, texts, strict=True)]
     return rights

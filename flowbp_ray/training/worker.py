@@ -15,13 +15,15 @@ import numpy as np
 import ray
 import torch
 import torch.distributed as dist
-from ray import serve, train
+from ray import train
 from ray.actor import ActorHandle
 from torch import Tensor
 
 from flowbp_ray.config import AlignConfig
+from flowbp_ray.rollouts.asking import Request
 from flowbp_ray.rollouts.batches import Block, MicroBatch, policy_version
 from flowbp_ray.rollouts.plans import plan_of
+from flowbp_ray.rollouts.stages import REWARDS, service
 from flowbp_ray.training.watch import CollapseWatch, diversity
 
 if TYPE_CHECKING:
@@ -131,7 +133,7 @@ def train_loop(job: Job) -> str | None:
 
 def totals(block: Block) -> tuple[list[str], Tensor]:
     """Names and sums over the samples of what is reported as a mean, and of the seconds."""
-    names = sorted(k for k in block if k.startswith("reward/") or k == "objective" or k.endswith("_seconds"))
+    names = sorted(k for k in block if k.startswith(("reward/", "weight/")) or k == "objective" or k.endswith("_seconds"))
     return names, torch.tensor([float(np.sum(block[k], dtype=np.float64)) for k in names], dtype=torch.float64)
 
 
@@ -159,8 +161,8 @@ def show(job: Job, learner: "Learner") -> dict[str, float]:
     for again in range(job.config.evaluation.preview_seeds):  # one after the other: the first are the same however many there are
         latents = learner.preview(prompts, [s + again * len(seeds) for s in seeds]).cpu().numpy()  # sharded, it needs all workers
         if learner.rank == 0:
-            seen = serve.get_app_handle(job.rewards).look.remote(latents, prompts).result(timeout_s=600)
-            looks.append(seen["pictures"])
+            seen = Request(service(job.rewards), "look", latents, prompts, what=REWARDS, prompts=prompts)
+            looks.append(seen.result()["pictures"])
     if learner.rank != 0:
         return {}
     ray.get(job.tracker.previews.remote(prompts, looks[0], learner.version))

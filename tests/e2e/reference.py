@@ -6,12 +6,12 @@ from flowbp_ray.rollouts.batches import MicroBatch
 from flowbp_ray.rollouts.prompts import read_prompts
 from flowbp_ray.rollouts.sampler import Sampler
 from flowbp_ray.training.learner import Learner
-from serve.rewards import Rewards
+from serve.rewards import here
 
 
 def align_here(config):
     """The learner after all steps, and the objective's mean at each."""
-    learner, rewards = Learner(config), Rewards(config)
+    learner, rewards = Learner(config), here(config)
     policies = {0: list(learner.policy())}
     sampler = Sampler(config, read_prompts(config.prompts), policies.__getitem__)
     parts = config.train.batch // config.train.micro_batch

@@ -11,7 +11,7 @@ from PIL import Image
 from pipelines import alignment
 from pipelines import compare as command
 
-pytestmark = pytest.mark.slow  # CI runs this file beside `make test`
+pytestmark = pytest.mark.slow
 RECIPES = Path(__file__).parents[2] / "configs" / "shapes"
 SMALL = (
     "train.steps=2",

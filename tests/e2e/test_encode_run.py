@@ -16,7 +16,7 @@ from flowbp_ray.rollouts import embeds
 from flowbp_ray.training.learner import Learner
 from pipelines import alignment, encode_prompts
 
-pytestmark = pytest.mark.slow  # CI runs this file beside `make test`
+pytestmark = pytest.mark.slow
 SPARSE = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
 SMALL = (
     "train.steps=2",

@@ -36,7 +36,7 @@ SMALL = (
     "cluster.trainer_cpus=0.5",
     "cluster.reward_cpus=0.5",
 )
-pytestmark = pytest.mark.slow  # CI runs this file beside `make test`
+pytestmark = pytest.mark.slow
 WHAT = {"adapter": ("train.velocity_penalty=0.1",), "all": ("adapter=null", "train.velocity_penalty=0")}
 
 

@@ -10,7 +10,8 @@ from ray.train import ControllerError, WorkerGroupError
 from tqdm import tqdm
 
 from flowbp_ray.config import ConfigError, load
-from flowbp_ray.rollouts.evaluation import differences, pictured, scores
+from flowbp_ray.rollouts.evaluation import differences, scores
+from flowbp_ray.rollouts.prompts import pictured
 from flowbp_ray.shapes.captions import TASKS
 from pipelines.alignment import before_after, follow, previewed, reason, table
 
@@ -78,7 +79,7 @@ def test_previews_take_the_tasks_in_turn():
 def test_a_file_of_prompts_is_judged_by_the_rewards_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("a cat\n\na dog\n", encoding="utf-8")
     config = load(SPARSE, [f"evaluation.prompts={tmp_path / 'mine.txt'}", "evaluation.per_task=3", "sampling.width=96"])
-    assert pictured(config, config.evaluation.per_task) == {"prompts": ["a cat", "a dog", "a cat"]}
+    assert pictured(config) == {"prompts": [{"prompt": p} for p in ("a cat", "a dog", "a cat")]}
     assert [prompt for prompt, _ in previewed(config)] == ["a cat", "a dog"] * 4
     only = {k: v for k, v in pictures(0.4, 1).items() if k not in ("right", "watermarked")}
     assert set(scores(only)) == {"reward/preference"}

@@ -17,6 +17,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_table_figures_picture_and_mlflow_run_are_written(tmp_path):
     uri, folder = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "study"
     # All samples are above this clip: the study has to be one without it.

@@ -7,6 +7,8 @@ import sys
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow  # a minute of whole graphs
+
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):

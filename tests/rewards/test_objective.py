@@ -58,7 +58,7 @@ def test_a_gradient_that_is_not_finite_is_an_error():
     def root(images, prompts):
         return (images - images).abs().sqrt().sum((1, 2, 3))
 
-    with pytest.raises(DeadRewardError, match=r"the gradient of the objective \(root\) is not finite"):
+    with pytest.raises(DeadRewardError, match=r"the gradient of the reward 'root' is not finite"):
         objective(LATENTS, PROMPTS, decode, [Component("root", root, 1.0)])
 
 

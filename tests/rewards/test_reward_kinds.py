@@ -16,7 +16,7 @@ from flowbp_ray.rewards.clip import CLIPScore
 from flowbp_ray.rewards.hpsv2 import HPSv2
 from flowbp_ray.rewards.image_reward import ImageReward
 from flowbp_ray.rewards.user import UserReward
-from serve.rewards import Rewards
+from serve.rewards import here
 
 CONFIG = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
 CLASSES = {
@@ -82,7 +82,7 @@ def test_clip_score_is_the_cosine_and_clip_has_the_logit_scale(reward):
 
 def test_the_service_has_the_class_of_each_kind(reward):
     whole = config.load(CONFIG, []).model_copy(update={"reward": reward})
-    found = {c.name: type(c.score) for c in Rewards(whole).components}
+    found = {c.name: type(c.score) for c in here(whole).components}
     assert found == CLASSES
 
 

@@ -1,11 +1,15 @@
 import collections
 import re
+from pathlib import Path
 
 import pytest
 
+from flowbp_ray.config import load
 from flowbp_ray.config.schema import Prompts
-from flowbp_ray.rollouts.prompts import read_prompts
+from flowbp_ray.rollouts.prompts import pictured, read_prompts
 from flowbp_ray.shapes.captions import is_evaluation, parse, task_of
+
+SPARSE = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
 
 
 def read(file, text):
@@ -41,3 +45,35 @@ def test_an_empty_prompt_is_named(tmp_path):
 def test_a_file_without_prompts_is_refused(tmp_path):
     with pytest.raises(ValueError, match="there are no prompts in"):
         read(tmp_path / "p.txt", "\n \n")
+
+
+def test_a_json_file_has_a_list_of_prompts_or_of_objects(tmp_path):
+    assert read(tmp_path / "p.json", '["a cat", {"prompt": " a dog ", "id": 3}]') == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[1,", "p.json, line 1: invalid JSON"),
+        ('{"prompt": "a cat"}', "p.json has to be a list of prompts"),
+        ('["a cat", 3]', "p.json, entry 2: write an object with \"prompt\", not '3'"),
+        ("[]", "there are no prompts in"),
+    ],
+)
+def test_a_bad_json_file_is_refused(tmp_path, text, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        read(tmp_path / "p.json", text)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(ValueError, match=r"p\.txt is not text in UTF-8"):
+        read_prompts(Prompts(path=str(tmp_path / "p.txt")))
+
+
+def test_each_prompt_is_pictured_so_often_or_all_in_turn(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a cat", "id": 1}\n{"prompt": "a dog", "id": 2}\n')
+    file = f"evaluation.prompts={tmp_path}/p.jsonl"
+    ids = [row["id"] for row in pictured(load(SPARSE, [file, "evaluation.per_prompt=2"]))["prompts"]]
+    assert ids == [1, 1, 2, 2]
+    assert [row["id"] for row in pictured(load(SPARSE, [file, "evaluation.per_task=3"]))["prompts"]] == [1, 2, 1]

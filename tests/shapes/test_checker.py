@@ -6,9 +6,10 @@ from flowbp_ray.shapes.checker import check, read
 from flowbp_ray.shapes.world import COLOURS, SHAPES, Thing, coverage, draw, paint
 
 
-def test_right_and_wrong_captions_noise_and_jpeg():
-    """The stated bounds on 2,000 pictures; the autoencoder's round trip is in test_models.py."""
-    shares = measure_checker(None, number=2000)
+@pytest.mark.parametrize("number", [400, pytest.param(2000, marks=pytest.mark.slow)])
+def test_right_and_wrong_captions_noise_and_jpeg(number):
+    """The stated bounds; the autoencoder's round trip is in test_models.py."""
+    shares = measure_checker(None, number=number)
     assert shares["drawn"] >= 0.995
     assert shares["wrong_caption"] <= 0.005
     assert shares["noise"] >= 0.98

@@ -31,7 +31,7 @@ def test_a_difference_has_the_error_of_differences():
 
 
 def test_no_two_pictures_share_their_noise():
-    several = [seeds(task, start, 50, evaluation) for task in TASKS for start in (0, 50) for evaluation in (0, 1)]
+    several = [seeds(place, start, 50, evaluation) for place in range(len(TASKS)) for start in (0, 50) for evaluation in (0, 1)]
     assert len({seed for some in several for seed in some}) == 50 * len(several)
 
 

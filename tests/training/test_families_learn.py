@@ -11,7 +11,7 @@ from flowbp_ray.config import load
 from flowbp_ray.rollouts.sampler import Sampler
 from flowbp_ray.training import adapter
 from flowbp_ray.training.learner import Learner
-from serve.rewards import Rewards
+from serve.rewards import here
 
 SPARSE = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
 SMALL = (
@@ -34,7 +34,7 @@ def test_two_steps(made, method, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red ring\ntwo circles\n", encoding="utf-8")
     paths = [f"model.path={folder}", f"evaluation.prompts={tmp_path / 'prompts.txt'}", f"surrogate={method}"]
     config = load(SPARSE, [*SMALL, *paths])
-    learner, rewards = Learner(config), Rewards(config)
+    learner, rewards = Learner(config), here(config)
     start, policies = adapter.read(learner.backbone.transformer), {0: list(learner.policy())}
     sampler = Sampler(config, ["a red ring", "two circles"], policies.__getitem__)
     for step in range(2):

@@ -1,0 +1,105 @@
+"""Requests to deployments on Ray Serve that outlive a replica: what fails in one is asked of another.
+
+Serve itself sends no request twice. A replica that died is replaced by Serve, and one that fails or gives no answer is avoided.
+"""
+
+import functools
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.handle import DeploymentHandle
+
+TRIES = 3
+ANSWER_WITHIN = 600.0  # seconds, for one batch
+
+
+class AvoidedError(RuntimeError):
+    """This replica is not asked again."""
+
+
+class ReplicaFailedError(RuntimeError):
+    """What failed, and in which replica."""
+
+    def __init__(self, replica: str, said: str) -> None:
+        super().__init__(replica, said)
+        self.replica, self.said = replica, said
+
+
+class GivenUpError(RuntimeError):
+    """A request failed as often as it is tried; the text says which and why."""
+
+
+def answering(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A replica's method that `Request` can ask.
+
+    ValueError, of bad input, goes to the asker as it is: it would be the same in every replica. Called without ``avoid``, as in
+    one's own process, it is the plain method.
+    """
+
+    @functools.wraps(method)
+    def answer(self: Any, *arguments: Any, avoid: Sequence[str] | None = None) -> Any:
+        if avoid is None:
+            return method(self, *arguments)
+        replica = serve.get_replica_context().replica_id.unique_id
+        if replica in avoid:
+            raise AvoidedError(replica)
+        try:
+            return method(self, *arguments)
+        except (ValueError, GivenUpError):
+            raise
+        except Exception as error:  # of models and libraries, which may raise anything
+            raise ReplicaFailedError(replica, f"{type(error).__name__}: {error}") from error
+
+    return answer
+
+
+class Request:
+    """A call that is under way from when this is made; ``what`` and the prompts name it where it fails."""
+
+    def __init__(
+        self,
+        handle: DeploymentHandle,
+        method: str,
+        *arguments: Any,
+        what: str,
+        prompts: Sequence[str],
+        within: float = ANSWER_WITHIN,
+    ) -> None:
+        self.send = lambda avoid: getattr(handle, method).remote(*arguments, avoid=avoid)
+        self.what, self.prompts, self.within = what, prompts, within
+        self.response = self.send([])
+
+    def result(self) -> Any:
+        """The answer. ValueError for bad input; GivenUpError, one sentence, after `TRIES` failures."""
+        failures: list[str] = []
+        avoided: list[str] = []
+        turns = 0
+        while True:
+            try:
+                return self.response.result(timeout_s=self.within)
+            except TimeoutError:
+                self.response.cancel()
+                failures.append(f"no answer within {self.within:g} s")
+            except RayError as error:  # a replica's own error, or what happened to the replica
+                cause = error.cause if isinstance(error, RayTaskError) else error
+                if isinstance(cause, AvoidedError) and turns < 50:
+                    turns += 1  # the others may all be busy
+                    time.sleep(0.1)
+                elif isinstance(cause, AvoidedError):
+                    avoided = []  # there is no other
+                elif isinstance(cause, ReplicaFailedError):
+                    failures.append(cause.said)
+                    avoided.append(cause.replica)
+                elif isinstance(cause, RayError):
+                    failures.append(f"the replica is gone: {str(cause).splitlines()[0]}")
+                else:
+                    raise cause from None
+            if len(failures) == TRIES:
+                some = textwrap.shorten(", ".join(map(repr, self.prompts)), 300, placeholder=" …")
+                said = list(dict.fromkeys(failures))
+                raise GivenUpError(f"{self.what} failed {TRIES} times for the prompts {some}: {'; '.join(said)}")
+            self.response = self.send(avoided)

@@ -1,0 +1,235 @@
+"""Sample a prompt file and judge the pictures: a base model, an adapter, an MLflow run or a registered model.
+
+    python -m pipelines.evaluate configs/shapes/sparse.yaml
+    python -m pipelines.evaluate configs/shapes/sparse.yaml --adapter ~/.flowbp_ray/runs/…/adapter
+    python -m pipelines.evaluate --adapter RUN_ID evaluation.per_task=100
+    python -m pipelines.evaluate --adapter models:/NAME@champion --beside ~/.flowbp_ray/evaluations/base-1a2b3c4d5e6f
+    python -m pipelines.evaluate configs/sd35/sparse_adapter.yaml configs/placement/gpu24.yaml prompts.path=prompts.txt \
+        evaluation.prompts=evaluation_metadata.jsonl evaluation.geneval={} evaluation.per_prompt=4
+
+The configuration says the model, how pictures are sampled, and what judges them: its rewards, whatever their weights, and
+evaluation.geneval and evaluation.unified_reward. An MLflow run has its configuration, so none has to be named. Pictures and
+scores are kept in a folder; the same command goes on where it stopped. There are a table, an HTML report and an MLflow run at the
+end.
+"""
+
+import argparse
+import hashlib
+import json
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowbp_ray.config import AlignConfig, ConfigError, dump, load
+from flowbp_ray.tracking.store import tracking_uri
+from flowbp_ray.training import EXPORT_FILE
+from pipelines.align import check_rewards, interrupt, pinned
+
+if TYPE_CHECKING:
+    from pipelines.report import Result
+
+#: Of the configuration, what makes pictures and scores what they are beside the model that is judged.
+PROTOCOL = ("evaluation.prompts", "evaluation.per_task", "evaluation.per_prompt", "evaluation.batch", "evaluation.seed")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("given", nargs="*", metavar="config | section.setting=value", help="YAML files, and what to change")
+    parser.add_argument(
+        "--adapter", metavar="WHAT", help="an adapter's folder, an MLflow run's id, or models:/NAME/VERSION or models:/NAME@ALIAS"
+    )
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], metavar="FOLDER", help="earlier results to compare with")
+    parser.add_argument("--output", type=Path, help="the folder (default: evaluations/ beside the runs, named by what is judged)")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, and start nothing")
+    args = parser.parse_intermixed_args()
+    args.files = [Path(g) for g in args.given if "=" not in g]
+    args.overrides = [g for g in args.given if "=" in g]
+    return args
+
+
+def main() -> None:
+    """Check everything, then sample, judge and report."""
+    args = arguments()
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            config, adapter, name = chosen(args, Path(scratch))
+            config = pinned(config)
+            check_rewards(config)
+            protocol = protocol_of(config)
+            identity = {"model": config.model.model_dump(mode="json"), "adapter": adapter and digest(adapter / EXPORT_FILE)}
+            key = hashlib.sha256(json.dumps([protocol, identity], sort_keys=True).encode()).hexdigest()[:12]
+            folder = (args.output or config.output.parent / "evaluations" / f"{name}-{key}").expanduser().absolute()
+            check_folder(folder, protocol, identity)
+            from pipelines.report import read
+
+            beside = [read(f) for f in args.beside]
+            pictures = sum(map(len, rows(config).values()))
+            if args.dry_run:
+                print(dump(config))
+                print(json.dumps(protocol, indent=1))
+                print(f"{pictures} pictures to {folder}. Nothing was started.")
+                return
+            from pipelines.alignment import cluster, reason
+        except (ConfigError, ValueError, OSError) as error:
+            sys.exit(str(error))
+        except KeyboardInterrupt:
+            sys.exit("\ninterrupted: nothing was started")
+        begin(folder, name, protocol, identity, config)
+        try:
+            with cluster(config):
+                signal.signal(signal.SIGTERM, interrupt)
+                result = evaluated(config, adapter, folder, pictures)
+            finish(config, folder, [result, *beside])
+        except KeyboardInterrupt:
+            sys.exit(f"\ninterrupted: nothing runs any more; the same command goes on with what is in {folder}")
+        except Exception as error:  # the boundary to the user, as in align
+            (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            sys.exit(f"\nstopped: {reason(error)}\nall of the error is in {folder / 'error.txt'}; the same command goes on")
+
+
+def chosen(args: argparse.Namespace, scratch: Path) -> tuple[AlignConfig, Path | None, str]:
+    """The configuration, the folder of the adapter if there is one, and a name for both. ConfigError if it cannot be had."""
+    if args.adapter is None:
+        if not args.files:
+            raise ConfigError("name a configuration, such as configs/shapes/sparse.yaml, or an MLflow run with --adapter RUN_ID")
+        return load(args.files[0], args.overrides, args.files[1:]), None, "base"
+    folder = Path(args.adapter).expanduser().absolute()
+    if folder.is_dir():
+        if not (folder / EXPORT_FILE).is_file():
+            raise ConfigError(f"--adapter {folder} has no {EXPORT_FILE}: name the folder adapter/ of a run, or one like it")
+        if not args.files:
+            raise ConfigError("an adapter's folder does not say how it is judged: name a configuration beside it")
+        return load(args.files[0], args.overrides, args.files[1:]), folder, "adapter"
+    return tracked(args, scratch)
+
+
+def tracked(args: argparse.Namespace, scratch: Path) -> tuple[AlignConfig, Path, str]:
+    """What an MLflow run or a registered model has."""
+    import mlflow
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    uris = [o.partition("=")[2] for o in args.overrides if o.startswith("tracking.uri=")]
+    uri = tracking_uri(uris[-1] if uris else None)
+    client = MlflowClient(uri)
+    try:
+        run_id, artifacts = args.adapter, f"runs:/{args.adapter}/adapter"
+        if args.adapter.startswith("models:/"):
+            model, at, alias = args.adapter.removeprefix("models:/").partition("@")
+            named = client.get_model_version_by_alias(model, alias) if at else client.get_model_version(*model.split("/", 1))
+            run_id, artifacts = named.run_id, f"models:/{named.name}/{named.version}"
+        config = Path(client.download_artifacts(run_id, "resolved_config.yaml", str(scratch)))
+        found = Path(mlflow.artifacts.download_artifacts(artifacts, dst_path=str(scratch), tracking_uri=uri))
+    except (MlflowException, OSError, TypeError) as error:
+        where = f"--adapter {args.adapter} is no folder here, and MLflow ({uri}) has no such run or model with an adapter"
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+    (file, *_) = [*found.rglob(EXPORT_FILE), None]
+    if file is None:
+        raise ConfigError(
+            f"--adapter {args.adapter} has no {EXPORT_FILE}: all weights were trained; set model.path to its model/"
+        )
+    files = [config, *args.files]
+    return load(files[0], args.overrides, files[1:]), file.parent, run_id[:8]
+
+
+def rows(config: AlignConfig) -> dict[str, list[dict[str, Any]]]:
+    """What is pictured, by task."""
+    from flowbp_ray.rollouts.prompts import pictured
+
+    return pictured(config)
+
+
+def protocol_of(config: AlignConfig) -> dict[str, Any]:
+    """All that two results have to have in common to be comparable, beside the model that is judged."""
+    from importlib.metadata import version
+
+    evaluation = config.evaluation.model_dump(mode="json")
+    texts = json.dumps(list(rows(config).items()), sort_keys=True).encode()
+    judges = {c.name: {"kind": c.kind, "path": c.path, "encoder": c.encoder} for c in config.reward.components}
+    return {
+        "sampling": config.sampling.model_dump(mode="json"),
+        "dtype": config.model.dtype,
+        **{name.partition(".")[2]: evaluation[name.partition(".")[2]] for name in PROTOCOL},
+        "prompts_sha256": hashlib.sha256(texts).hexdigest(),
+        "rewards": judges,
+        "shapes_checker": config.evaluation.checked,
+        "geneval": evaluation["geneval"],
+        "unified_reward": evaluation["unified_reward"],
+        "versions": {package: version(package) for package in ("flowbp_ray", "torch", "diffusers", "transformers")},
+    }
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def check_folder(folder: Path, protocol: dict[str, Any], identity: dict[str, Any]) -> None:
+    """ConfigError where a folder has pictures of something else."""
+    known = folder / "protocol.json"
+    if folder.exists() and not known.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and no evaluation: name another folder")
+    if known.exists():
+        there = json.loads(known.read_text("utf-8"))
+        for key, ours in {**protocol, **identity}.items():
+            if (theirs := {**there["protocol"], **there["identity"]}.get(key)) != ours:
+                raise ConfigError(f"{folder} has an evaluation with {key} {theirs}, not {ours}: name another folder")
+
+
+def begin(folder: Path, name: str, protocol: dict[str, Any], identity: dict[str, Any], config: AlignConfig) -> None:
+    """Make the folder, with what it is for."""
+    for part in ("pictures", "scores"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"name": name, "protocol": protocol, "identity": identity}, indent=1)
+    (folder / "protocol.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+
+
+def evaluated(config: AlignConfig, adapter: Path | None, folder: Path, number: int) -> "Result":
+    """All pictures, sampled and judged on the connected cluster."""
+    from flowbp_ray.rollouts.evaluation import evaluate
+    from pipelines.alignment import progress, quiet_streams, remove_rewards, serve_rewards
+    from pipelines.report import write
+
+    quiet_streams()
+    own = f"rewards-{folder.name}"
+    try:
+        rewards = serve_rewards(config, own)
+        with progress(number, "evaluate", "picture") as bar:
+            exported = (adapter / EXPORT_FILE).read_bytes() if adapter else None
+            pictures = evaluate(config, rewards, exported, bar.update, folder)
+    finally:
+        remove_rewards(config, own)
+    return write(folder, pictures)
+
+
+def finish(config: AlignConfig, folder: Path, results: "list[Result]") -> None:
+    """Table, report and MLflow run."""
+    from flowbp_ray.tracking.run import TrackedRun
+    from pipelines.report import html, table
+
+    text = table(results)
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    (folder / "report.html").write_text(html(results, folder), encoding="utf-8")
+    named = config.tracking.run_name or f"evaluate {results[0].name}"
+    run = TrackedRun(tracking_uri(config.tracking.uri), config.tracking.experiment, named, config=config.model_dump(mode="json"))
+    run.metrics({f"eval/{k}": s.value for k, s in results[0].scores.items()}, 0)
+    run.metrics({f"eval/{k}_error": s.error for k, s in results[0].scores.items()}, 0)
+    for file in ("table.md", "report.html", "protocol.json", "result.json"):
+        run.artifact(folder / file, "evaluation")
+    run.finish("FINISHED")
+    info = run.info()
+    print(f"\n{text}\nreport    {folder / 'report.html'}\npictures  {folder / 'pictures'}")
+    command = info["command"].removeprefix(f"{Path.cwd()}/")
+    print(f"MLflow    {info['page']}" + (f"   after: {command}" if command else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What the command says before it starts anything; tests/e2e has it evaluate."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from flowbp_ray.config import load
+from pipelines import evaluate
+
+SPARSE = str(Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml")
+SMALL = ["evaluation.per_task=2"]
+
+
+@pytest.fixture
+def said(monkeypatch, capsys):
+    """Runs the command and gives what it prints, or ends with."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
+        try:
+            evaluate.main()
+        except SystemExit as end:
+            return end.code or capsys.readouterr().out
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_help_shows_commands_to_copy(said):
+    assert "python -m pipelines.evaluate configs/shapes/sparse.yaml --adapter" in said("--help")
+
+
+def test_a_dry_run_says_the_protocol_and_starts_nothing(said, tmp_path):
+    printed = said(SPARSE, *SMALL, "--dry-run", "--output", tmp_path / "out")
+    assert printed.endswith(f"12 pictures to {tmp_path}/out. Nothing was started.\n")
+    assert '"prompts_sha256"' in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_wrong_is_one_sentence(said, tmp_path):
+    uri = f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
+    assert said().startswith("name a configuration")
+    assert said(SPARSE, "--adapter", tmp_path) == (
+        f"--adapter {tmp_path} has no pytorch_lora_weights.safetensors: name the folder adapter/ of a run, or one like it"
+    )
+    assert said(uri, "--adapter", "nothing").startswith("--adapter nothing is no folder here, and MLflow (sqlite:///")
+    assert said(uri, "--adapter", "models:/mine@champion").startswith("--adapter models:/mine@champion is no folder here, and")
+    assert said(SPARSE, "--beside", tmp_path).startswith(f"{tmp_path} has no finished evaluation")
+    (tmp_path / "file").write_text("")
+    assert said(SPARSE, "--output", tmp_path) == f"{tmp_path} is not empty and no evaluation: name another folder"
+    assert "set it to a file, for geneval to one in its format" in said(SPARSE, "evaluation.geneval={}")
+
+
+def test_a_folder_is_not_filled_with_pictures_of_another_protocol(said, tmp_path):
+    config = load(Path(SPARSE), SMALL)
+    evaluate.begin(tmp_path / "out", "base", evaluate.protocol_of(config), {"adapter": None}, config)
+    assert json.loads((tmp_path / "out" / "protocol.json").read_text())["protocol"]["per_task"] == 2
+    assert f"{tmp_path}/out has an evaluation with sampling " in said(
+        SPARSE, *SMALL, "sampling.steps=20", "--output", tmp_path / "out"
+    )
+    assert f"{tmp_path}/out has an evaluation with per_task 2, not 3" in said(
+        SPARSE, "evaluation.per_task=3", "--output", tmp_path / "out"
+    )
+
+
+def test_prompts_are_part_of_the_protocol(tmp_path):
+    file, protocols = tmp_path / "p.txt", []
+    for text in ("a cat", "a dog"):
+        file.write_text(text)
+        protocols.append(evaluate.protocol_of(load(Path(SPARSE), [f"evaluation.prompts={file}"])))
+    assert [k for k in protocols[0] if protocols[0][k] != protocols[1][k]] == ["prompts_sha256"]
