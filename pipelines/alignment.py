@@ -184,7 +184,7 @@ def align(config: AlignConfig, folder: Path) -> Outcome:
         if shown := ray.get(at.tracker.first_and_last.remote()):
             last = result.metrics["version"]
             after = "after" if version == last else f"after {last} steps; exported is what {version} gave"
-            before_after(config, [p for p, _ in preview], *shown, heading=after).save(folder / "before_after.png")
+            before_after(config, [p for p, _ in preview], shown[0], shown[1], after).save(folder / "before_after.png")
             ray.get(at.tracker.artifact.remote(folder / "before_after.png"))
         if config.adapter:  # whole models stay where they are
             ray.get(at.tracker.artifact.remote(exported))
