@@ -67,6 +67,8 @@ def main() -> None:
         sys.exit(f"\nstopped: {reason(error)}\n{latest_checkpoint(folder)}; all of the error is in {folder / 'error.txt'}")
     print()
     print((outcome.folder / "table.md").read_text(encoding="utf-8"))
+    for name, note in outcome.notes.items():
+        print(f"{name:<9} {note}")
     loader = "pipe.load_lora_weights" if config.adapter else "DiffusionPipeline.from_pretrained"
     print(f"{outcome.exported.name:<9} {outcome.exported}   ({loader} takes it)")
     if (outcome.folder / "before_after.png").exists():

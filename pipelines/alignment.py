@@ -18,7 +18,7 @@ import ray
 from ray import serve
 from ray.actor import ActorHandle
 from ray.data import DataContext, ExecutionOptions
-from ray.train import DataConfig, Result, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, DataConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
@@ -55,6 +55,8 @@ class Outcome:
     seconds: dict[str, list[float]]
     #: The first and the last pictures of the preview's prompts, uint8 ``(B, H, W, 3)``; None if there were none.
     pictures: tuple[np.ndarray, np.ndarray] | None
+    #: What a person has to know beside the scores: ``stopped`` and why, ``warnings`` and how many, ``best`` and why that.
+    notes: dict[str, str]
 
 
 def connect(config: AlignConfig) -> None:
@@ -168,19 +170,41 @@ def align(config: AlignConfig, folder: Path) -> Outcome:
         base = judged(config, "base", at, None, 0) if config.evaluation.before else None
         preview = previewed(config)
         result = trained(config, prompts, folder, at, preview)
-        with result.checkpoint.as_directory() as checkpoint:
+        chosen, version, notes = best(config, result)
+        if warnings := ray.get(at.tracker.warnings.remote()):
+            (folder / "warnings.txt").write_text("\n".join(warnings) + "\n", encoding="utf-8")
+            notes["warnings"] = f"{len(warnings)}, in {folder / 'warnings.txt'}"
+        for note in notes.items():
+            ray.get(at.tracker.tag.remote(*note))
+        with chosen.as_directory() as checkpoint:
             exported = export(config, Path(checkpoint), folder)
         adapter = (exported / EXPORT_FILE).read_bytes() if config.adapter else exported
-        aligned = judged(config, "aligned", at, adapter, config.train.steps)
+        aligned = judged(config, "aligned", at, adapter, version)
         (folder / "table.md").write_text(table(config, base, aligned), encoding="utf-8")
         if shown := ray.get(at.tracker.first_and_last.remote()):
-            before_after(config, [p for p, _ in preview], *shown).save(folder / "before_after.png")
+            last = result.metrics["version"]
+            after = "after" if version == last else f"after {last} steps; exported is what {version} gave"
+            before_after(config, [p for p, _ in preview], shown[0], shown[1], after).save(folder / "before_after.png")
             ray.get(at.tracker.artifact.remote(folder / "before_after.png"))
         if config.adapter:  # whole models stay where they are
             ray.get(at.tracker.artifact.remote(exported))
         ray.get(at.tracker.artifact.remote(folder / "table.md", "evaluation"))
         before = None if base is None else scores(base)
-        return Outcome(folder, exported, before, scores(aligned), at.info, ray.get(at.tracker.seconds.remote()), shown)
+        seconds = ray.get(at.tracker.seconds.remote())
+        return Outcome(folder, exported, before, scores(aligned), at.info, seconds, shown, notes)
+
+
+def best(config: AlignConfig, result: Result) -> tuple[Checkpoint, int, dict[str, str]]:
+    """The checkpoint to export, how many steps it has, and why it is that one, if not as the last of all steps."""
+    last, metric = result.metrics["version"], config.train.best
+    notes = {} if result.return_value is None else {"stopped": result.return_value}
+    if metric is None:
+        return result.checkpoint, last, notes
+    checkpoint, metrics = max(result.best_checkpoints, key=lambda kept: (kept[1][metric], kept[1]["version"]))
+    why = f"{Path(checkpoint.path).name} is exported: {metric} was {metrics[metric]:.4g} in the steps up to it, the most"
+    if metrics["version"] != last:
+        why += f"; up to the last one, {Path(result.checkpoint.path).name}, it was {result.metrics[metric]:.4g}"
+    return checkpoint, metrics["version"], notes | {"best": why}
 
 
 def export(config: AlignConfig, checkpoint: Path, folder: Path) -> Path:
@@ -212,7 +236,7 @@ def clean_up(what: str, do: Callable[[], object]) -> None:
 
 
 def trained(config: AlignConfig, prompts: list[str], folder: Path, at: Session, preview: list[tuple[str, int]]) -> Result:
-    """Stream rollouts to the train workers until all steps are done."""
+    """Stream rollouts to the train workers until all steps are done or the watch stops them."""
     store = ray.remote(PolicyStore).options(num_cpus=0).remote(config.train.workers if config.train.sharded else 1)
     cluster = config.cluster
     trainer = TorchTrainer(
@@ -223,7 +247,13 @@ def trained(config: AlignConfig, prompts: list[str], folder: Path, at: Session, 
             use_gpu=cluster.trainer_gpus > 0,
             resources_per_worker={"CPU": cluster.trainer_cpus} | ({"GPU": cluster.trainer_gpus} if cluster.trainer_gpus else {}),
         ),
-        run_config=RunConfig(name=folder.name, storage_path=str(folder.parent)),
+        run_config=RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            checkpoint_config=CheckpointConfig(  # beside these it keeps the last one
+                num_to_keep=config.train.keep_checkpoints, checkpoint_score_attribute=config.train.best
+            ),
+        ),
         datasets={"rollouts": rollouts(config, prompts, store, at.rewards)},
         # Which rank gets which micro-batch depends on the order alone.
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
@@ -233,14 +263,14 @@ def trained(config: AlignConfig, prompts: list[str], folder: Path, at: Session, 
         trainer
     )
     with progress(config.train.steps, "starting samplers and train workers", "step") as bar:
-        began, told = time.monotonic(), False
+        began, told, said = time.monotonic(), False, 0
         try:
             while not ray.wait([running], timeout=0.5)[0]:
-                follow(bar, ray.get(at.tracker.progress.remote()))
+                said = look(bar, at.tracker, said)
                 if bar.n == 0 and not told and time.monotonic() - began > PATIENCE:
                     told = True
                     bar.write(f"no step yet: {config.reserved()} are needed, free are {ray.available_resources()}", sys.stderr)
-            follow(bar, ray.get(at.tracker.progress.remote()))
+            look(bar, at.tracker, said)
         except BaseException:
             ray.cancel(running, force=True)
             raise
@@ -256,6 +286,15 @@ def on_this_node() -> NodeAffinitySchedulingStrategy:
 def progress(total: int, what: str, unit: str) -> tqdm:
     """A bar; in a log, where each state of it is a line of its own, it moves twice a minute."""
     return tqdm(total=total, desc=what, unit=unit, mininterval=0.5 if sys.stderr.isatty() else 30)
+
+
+def look(bar: tqdm, tracker: ActorHandle, said: int) -> int:
+    """Put the newest figures on the bar, and above it all but the first ``said`` warnings; how many there are."""
+    newest, warnings = ray.get([tracker.progress.remote(), tracker.warnings.remote()])
+    for warning in warnings[said:]:
+        bar.write(f"warning {warning}", sys.stderr)
+    follow(bar, newest)
+    return len(warnings)
 
 
 def follow(bar: tqdm, newest: tuple[int, dict[str, float]] | None) -> None:
@@ -290,8 +329,8 @@ def previewed(config: AlignConfig) -> list[tuple[str, int]]:
     return [(row["prompt"], seed) for seed, row in enumerate([r for rows in zip(*by_task, strict=True) for r in rows][:number])]
 
 
-def before_after(config: AlignConfig, prompts: list[str], before: Any, after: Any) -> Any:
-    """Two rows of the same prompts and seeds, with the checker's verdicts where it judges."""
+def before_after(config: AlignConfig, prompts: list[str], before: Any, after: Any, heading: str) -> Any:
+    """Two rows of the same prompts and seeds, with the checker's verdicts where it judges; ``heading`` is the second one's."""
 
     def row(heading: str, pictures: Any) -> Row:
         if not config.evaluation.checked:
@@ -301,7 +340,7 @@ def before_after(config: AlignConfig, prompts: list[str], before: Any, after: An
 
     return sheet(
         "The same prompts and seeds",
-        [row("before" if config.adapter is None or config.adapter.init_from is None else "start", before), row("after", after)],
+        [row("before" if config.adapter is None or config.adapter.init_from is None else "start", before), row(heading, after)],
     )
 
 

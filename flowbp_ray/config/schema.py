@@ -3,6 +3,7 @@
 A setting without a default says what a run is and has to be given.
 """
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -12,7 +13,7 @@ from flowbp_ray.config import paths
 from flowbp_ray.config.reward import Reward
 from flowbp_ray.config.section import Section, Text
 from flowbp_ray.config.surrogates import AnySurrogate
-from flowbp_ray.config.training import Adapter, Cluster, Evaluation, Tracking, Train
+from flowbp_ray.config.training import Adapter, Cluster, Evaluation, Tracking, Train, Watch
 from flowbp_ray.shapes.world import SIZE
 
 Pixels = Annotated[int, Field(gt=0, multiple_of=8)]  # the embedded default's: latents 4 times coarser, in patches of 2
@@ -78,6 +79,7 @@ class AlignConfig(Section):
     adapter: Adapter | None = Adapter()
     """The LoRA adapter that is trained; null trains all weights of the transformer."""
     train: Train = Train()
+    watch: Watch = Watch()
     cluster: Cluster = Cluster()
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
@@ -122,6 +124,13 @@ class AlignConfig(Section):
             )
         if train.unsharded_gradients and not train.sharded:
             wrong.append("train.unsharded_gradients is true, but train.sharded is false: nothing is sharded, so set it to false")
+        scores = ["objective", *(f"reward/{c.name}" for c in self.reward.components)]
+        if train.best is not None and train.best not in scores:
+            close = get_close_matches(train.best, scores, n=1)
+            wrong.append(
+                f"train.best is {train.best!r}, which is no metric that checkpoints have: "
+                + (f"did you mean {close[0]}?" if close else f"set it to one of {', '.join(scores)}, or to null")
+            )
         if self.adapter and self.adapter.targets and self.adapter.init_from:
             wrong.append(
                 "adapter.targets is given together with adapter.init_from, but an adapter that is started from has its targets: "

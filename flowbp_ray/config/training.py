@@ -70,6 +70,26 @@ class Train(Section):
     """Of every random draw in training, the choice of prompts among them."""
     checkpoint_every: PositiveInt = 50
     """Steps between checkpoints; the last step always has one."""
+    keep_checkpoints: PositiveInt | None = None
+    """How many stay on the disk, the newest or, with ``best``, the best, and beside them always the last one; null keeps all."""
+    best: Text | None = None
+    """The metric by which the best checkpoint is exported, such as reward/judge: its mean over the steps since the checkpoint
+    before. null exports the last checkpoint."""
+
+
+class Watch(Section):
+    """When a run that goes wrong is warned of: flowbp_ray/training/watch.py has the rules."""
+
+    window: Annotated[int, Field(ge=3)] = 10
+    """Steps over which metrics are averaged."""
+    held_out_errors: PositiveFloat | None = 5.0
+    """Warn when a reward of weight 0 falls by so many standard errors while the objective rises; null does not watch it."""
+    grad_norm_factor: PositiveFloat | None = 10.0
+    """Warn when gradients stay so many times as long as they were; null does not watch it."""
+    diversity_fraction: Annotated[float, Field(gt=0, lt=1)] | None = 0.5
+    """Warn when the previews' seeds are less than this part as far apart as at the start; null does not watch it."""
+    stop: bool = False
+    """End the training at the first warning, with a checkpoint that is evaluated and exported as usual."""
 
 
 class Cluster(Section):
@@ -144,6 +164,8 @@ class Evaluation(Section):
     """Evaluate the base model too, for the comparison."""
     preview_prompts: NonNegativeInt = 8
     """Prompts pictured at the start, along the way and at the end; 0 is none."""
+    preview_seeds: PositiveInt = 2
+    """Pictures for each of these prompts, of which one is shown; how far they are apart is logged as diversity. 1 has none."""
     preview_every: PositiveInt = 25
     """Steps between previews along the way."""
 

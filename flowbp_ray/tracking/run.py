@@ -91,6 +91,10 @@ class TrackedRun:
         """Keep a text as an artifact, in place of an earlier one of the name, such as ``evaluation/table.md``."""
         self._client.log_text(self.run_id, text, artifact_file)
 
+    def tag(self, key: str, value: str) -> None:
+        """Set a tag, in place of an earlier one of the key."""
+        self._client.set_tag(self.run_id, key, value, synchronous=True)
+
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Keep a file, or a folder with all that is in it, under its own name in the run's ``folder`` (or at its top).
 

@@ -18,6 +18,7 @@ class Tracker:
         self.newest: tuple[int, dict[str, float]] | None = None
         self.pictured: dict[int, np.ndarray] = {}
         self.durations: dict[str, list[float]] = defaultdict(list)
+        self.warned: list[str] = []
 
     def info(self) -> dict[str, str]:
         """As `TrackedRun.info`."""
@@ -37,6 +38,19 @@ class Tracker:
     def progress(self) -> tuple[int, dict[str, float]] | None:
         """The last training step and its figures; None before the first."""
         return self.newest
+
+    def warn(self, sentences: list[str]) -> None:
+        """Keep warnings for the driver, who tells a person, and in the MLflow run."""
+        self.warned += sentences
+        self.run.text("\n".join(self.warned) + "\n", "warnings.txt")
+
+    def warnings(self) -> list[str]:
+        """All warnings so far."""
+        return self.warned
+
+    def tag(self, key: str, value: str) -> None:
+        """As `TrackedRun.tag`."""
+        self.run.tag(key, value)
 
     def seconds(self) -> dict[str, list[float]]:
         """What the steps took so far, by stage."""

@@ -6,6 +6,7 @@ Driver and controller import this module too, so the learner, with diffusers, is
 import platform
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from flowbp_ray.rollouts.asking import Request
 from flowbp_ray.rollouts.batches import Block, MicroBatch, policy_version
 from flowbp_ray.rollouts.plans import plan_of
 from flowbp_ray.rollouts.stages import REWARDS, service
+from flowbp_ray.training.watch import CollapseWatch, diversity
 
 if TYPE_CHECKING:
     from flowbp_ray.training.learner import Learner
@@ -41,9 +43,9 @@ class Job:
     preview: list[tuple[str, int]]
 
 
-def train_loop(job: Job) -> None:
-    """Do all steps of a run. RuntimeError if a micro-batch reaches another rank than its own, or another step, or if the
-    run's folder is not to be seen from here."""
+def train_loop(job: Job) -> str | None:
+    """Do all steps of a run, or those until its watch stops it: why it did, on rank 0. RuntimeError if a micro-batch reaches
+    another rank than its own, or another step, or if the run's folder is not to be seen from here."""
     from flowbp_ray.training.learner import Learner
 
     config, rank = job.config, train.get_context().get_world_rank()
@@ -59,11 +61,14 @@ def train_loop(job: Job) -> None:
         ray.get(job.tracker.text.remote("\n\n".join(plans), "plans.txt"))
         named = (f"{name} {tuple(p.shape)}" for name, p in learner.weights.parameters.items())
         ray.get(job.tracker.text.remote("\n".join(named), "trained_parameters.txt"))
-    show(job, learner)
+    watch = CollapseWatch(config.watch, [f"reward/{c.name}" for c in config.reward.components if c.weight == 0])
+    watch.see(show(job, learner), -1)
     shard = train.get_dataset_shard("rollouts")
     blocks = iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
     parts = config.train.batch // config.train.micro_batch // config.train.workers
     logged = None
+    stopped = None
+    since: dict[str, list[float]] = defaultdict(list)  # the last checkpoint: what it is judged by, on rank 0
     for step in range(config.train.steps):
         began, sums, seconds = time.perf_counter(), torch.zeros(0), {"waiting": 0.0, "update": 0.0}
         names: list[str] = []
@@ -104,12 +109,26 @@ def train_loop(job: Job) -> None:
             metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
             metrics |= {f"active/{k}": a.index for k, a in enumerate(plan.active)}
             logged = job.tracker.metrics.remote(metrics, step)  # waited for in the next step
-        if learner.version % config.evaluation.preview_every == 0 or learner.version == config.train.steps:
+            for metric in ("objective", *(k for k in metrics if k.startswith("reward/"))):
+                since[metric].append(metrics[metric])
+        ends = learner.version == config.train.steps
+        shows = ends or learner.version % config.evaluation.preview_every == 0
+        pictured = show(job, learner) if shows else {}
+        warnings = watch.see(metrics | pictured, step) if rank == 0 else []
+        if warnings:
+            ray.get(job.tracker.warn.remote(warnings))
+        stops = not ends and config.watch.stop and agreed(bool(warnings), learner)
+        if stops and not shows:
             show(job, learner)
-        if learner.version % config.train.checkpoint_every == 0 or learner.version == config.train.steps:
-            checkpoint(learner)
+        if ends or stops or learner.version % config.train.checkpoint_every == 0:
+            checkpoint(learner, {metric: float(np.mean(values)) for metric, values in since.items()})
+            since.clear()
+        if stops:
+            stopped = next(iter(warnings), None)
+            break  # with all ranks' iterators gone, Ray Data ends its stages, those that wait for the next policy version too
     if logged is not None:
         ray.get(logged)
+    return stopped
 
 
 def totals(block: Block) -> tuple[list[str], Tensor]:
@@ -123,16 +142,35 @@ def add_up(values: Tensor) -> None:
     dist.all_reduce(values)
 
 
-def show(job: Job, learner: "Learner") -> None:
-    """Picture the fixed prompts and seeds by the evaluated weights: the reward service decodes, the tracker keeps them."""
+def agreed(stop: bool, learner: "Learner") -> bool:
+    """Whether a worker wants to stop; all of them have to ask at the same time."""
+    wanted = torch.tensor(float(stop), device=learner.backbone.device)
+    if learner.config.train.workers > 1:
+        add_up(wanted)
+    return bool(wanted.item())
+
+
+def show(job: Job, learner: "Learner") -> dict[str, float]:
+    """Picture the fixed prompts and seeds by the evaluated weights: the reward service decodes, the tracker keeps them.
+
+    Returns, and logs, the diversity over further seeds, on rank 0 and if there are any.
+    """
     if not job.preview or (learner.rank != 0 and not job.config.train.sharded):
-        return
-    prompts, seeds = [p for p, _ in job.preview], [s for _, s in job.preview]
-    latents = learner.preview(prompts, seeds).cpu().numpy()  # sharded, it needs all workers
+        return {}
+    prompts, seeds, looks = [p for p, _ in job.preview], [s for _, s in job.preview], []
+    for again in range(job.config.evaluation.preview_seeds):  # one after the other: the first are the same however many there are
+        latents = learner.preview(prompts, [s + again * len(seeds) for s in seeds]).cpu().numpy()  # sharded, it needs all workers
+        if learner.rank == 0:
+            seen = Request(service(job.rewards), "look", latents, prompts, what=REWARDS, prompts=prompts)
+            looks.append(seen.result()["pictures"])
     if learner.rank != 0:
-        return
-    seen = Request(service(job.rewards), "look", latents, prompts, what=REWARDS, prompts=prompts).result()
-    ray.get(job.tracker.previews.remote(prompts, seen["pictures"], learner.version))
+        return {}
+    ray.get(job.tracker.previews.remote(prompts, looks[0], learner.version))
+    if len(looks) == 1:
+        return {}
+    measured = {"diversity": diversity(np.stack(looks))}
+    ray.get(job.tracker.figures.remote(measured, learner.version))
+    return measured
 
 
 def publish(job: Job, learner: "Learner") -> tuple[int, float]:
@@ -151,9 +189,10 @@ def publish(job: Job, learner: "Learner") -> tuple[int, float]:
     return pushed, time.perf_counter() - began
 
 
-def checkpoint(learner: "Learner") -> None:
-    """Report a checkpoint to Ray Train, which keeps it; every rank has to call this, those with files give them."""
-    metrics = {"version": learner.version}
+def checkpoint(learner: "Learner", means: dict[str, float]) -> None:
+    """Report a checkpoint to Ray Train, which keeps it and judges it by rank 0's ``means``; every rank has to call this, those
+    with files give them."""
+    metrics = {"version": learner.version} | means
     with tempfile.TemporaryDirectory() as folder:
         learner.save(Path(folder))
         given = train.Checkpoint.from_directory(folder) if any(Path(folder).iterdir()) else None

@@ -70,6 +70,8 @@ def test_text_that_looks_like_something_else_survives_a_dump(text, tmp_path):
         ("train.learning_rate=.5", 0.5),
         ("sampling.guidance_scale=4", 4.0),
         ("train.policy_lag=1", 1),
+        ("train.best=reward/judge", "reward/judge"),
+        ("watch.held_out_errors=null", None),
         ("train.betas=[0.8, 0.95]", (0.8, 0.95)),
         ("surrogate.active_steps=2", 2),
         ("surrogate.tail=0.5", 0.5),

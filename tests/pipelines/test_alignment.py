@@ -84,7 +84,7 @@ def test_a_file_of_prompts_is_judged_by_the_rewards_alone(tmp_path):
     only = {k: v for k, v in pictures(0.4, 1).items() if k not in ("right", "watermarked")}
     assert set(scores(only)) == {"reward/preference"}
     assert "Means over 3 pictures." in table(config, only, only)
-    sheet = before_after(config, ["a cat"], np.zeros((1, 64, 96, 3), np.uint8), np.ones((1, 64, 96, 3), np.uint8))
+    sheet = before_after(config, ["a cat"], np.zeros((1, 64, 96, 3), np.uint8), np.ones((1, 64, 96, 3), np.uint8), "after")
     assert sheet.size[0] > 96
 
 
