@@ -104,8 +104,8 @@ def held(backbone: Backbone) -> tuple[int, int]:
 
     All weights are trained in a shard (FSDP2), on one GPU of everything: weights, gradients, AdamW's two moments and the
     average in float32, and, in the computing dtype, two gathered blocks and the gradients of one, which are summed in float32.
-    An adapter's are in its own dtype, its gradients also summed in float64.
-    The step makes one copy of what is trained: AdamW's denominators, then the average's successor while gradients are gone.
+    An adapter's are in float32, its gradients also summed in float64.
+    The step makes one copy of what is trained, AdamW's denominators.
     """
     transformer = backbone.transformer
     trained = [p for p in transformer.parameters() if p.requires_grad]
