@@ -151,7 +151,13 @@ def protocol_of(config: AlignConfig) -> dict[str, Any]:
 
     evaluation = config.evaluation.model_dump(mode="json")
     texts = json.dumps(list(rows(config).items()), sort_keys=True).encode()
-    judges = {c.name: {"kind": c.kind, "path": c.path, "encoder": c.encoder} for c in config.reward.components}
+    judges = {
+        c.name: {"kind": c.kind, "path": c.path, "encoder": c.encoder}
+        | {f"{setting}_version": version_of(source) for setting, source, _ in c.files()}
+        for c in config.reward.components
+    }
+    if (geneval := config.evaluation.geneval) is not None:
+        evaluation["geneval"] |= {f"{name}_version": version_of(getattr(geneval, name)) for name in ("detector", "clip")}
     return {
         "sampling": config.sampling.model_dump(mode="json"),
         "dtype": config.model.dtype,
@@ -163,6 +169,17 @@ def protocol_of(config: AlignConfig) -> dict[str, Any]:
         "unified_reward": evaluation["unified_reward"],
         "versions": {package: version(package) for package in ("flowbp_ray", "torch", "diffusers", "transformers")},
     }
+
+
+def version_of(source: str) -> str:
+    """Which weights a judge has: the SHA-256 of a file, or of all in a folder, or a Hugging Face id's commit."""
+    from huggingface_hub import snapshot_download
+
+    path = Path(source)
+    if not path.is_absolute():
+        return f"commit {Path(snapshot_download(source, allow_patterns=['*.md'])).name}"  # the folder is named by it
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".json"))
+    return "sha256 " + hashlib.sha256("".join(digest(f) for f in files).encode()).hexdigest()[:16]
 
 
 def digest(file: Path) -> str:

@@ -71,3 +71,17 @@ def test_prompts_are_part_of_the_protocol(tmp_path):
         file.write_text(text)
         protocols.append(evaluate.protocol_of(load(Path(SPARSE), [f"evaluation.prompts={file}"])))
     assert [k for k in protocols[0] if protocols[0][k] != protocols[1][k]] == ["prompts_sha256"]
+
+
+def test_weights_of_the_judges_are_part_of_the_protocol(tmp_path):
+    import tiny_rewards
+
+    folder, protocols = tiny_rewards.saved_clip(tmp_path / "clip"), []
+    config = load(Path(SPARSE), [f"reward.components.1.path={folder}"])
+    for weights in (None, b"other"):
+        if weights:
+            (folder / "model.safetensors").write_bytes(weights)
+        protocols.append(evaluate.protocol_of(config)["rewards"])
+    assert protocols[0]["preference"] == protocols[1]["preference"]
+    differ = [k for k in protocols[0]["judge"] if protocols[0]["judge"][k] != protocols[1]["judge"][k]]
+    assert differ == ["path_version", "encoder_version"]  # the tokenizer is in the same folder
