@@ -123,7 +123,7 @@ def tracked(args: argparse.Namespace, scratch: Path) -> tuple[AlignConfig, Path,
         if args.adapter.startswith("models:/"):
             model, at, alias = args.adapter.removeprefix("models:/").partition("@")
             named = client.get_model_version_by_alias(model, alias) if at else client.get_model_version(*model.split("/", 1))
-            run_id, artifacts = named.run_id, f"models:/{named.name}/{named.version}"
+            run_id, artifacts = named.run_id, client.get_model_version_download_uri(named.name, named.version)
         config = Path(client.download_artifacts(run_id, "resolved_config.yaml", str(scratch)))
         found = Path(mlflow.artifacts.download_artifacts(artifacts, dst_path=str(scratch), tracking_uri=uri))
     except (MlflowException, OSError, TypeError) as error:

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from PIL import Image
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt, ValidationError
 from ray import serve
@@ -107,88 +107,7 @@ BODY = {
 }
 
 api = FastAPI(title="Rewards", version="1", description="Scores of pictures by every reward that is served.")
-bearer = HTTPBearer(auto_error=False)
-
-
-def entitled(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-    """401 unless the request bears the token."""
-    token: str | None = request.app.state.token
-    if token is not None and (given is None or not secrets.compare_digest(given.credentials.encode(), token.encode())):
-        raise HTTPException(401, "send the header 'Authorization: Bearer TOKEN'", {"WWW-Authenticate": "Bearer"})
-
-
-@serve.ingress(api)
-class Front:
-    """A replica that answers HTTP."""
-
-    def __init__(self, settings: ServedRewards, rewards: DeploymentHandle) -> None:
-        self.settings, self.rewards = settings, rewards
-        api.state.token = token(settings)
-
-    @api.post("/v1/score", responses=REFUSALS, openapi_extra=BODY, dependencies=[Depends(entitled)])
-    async def score(self, request: Request, prompt: Annotated[Prompt | None, Query()] = None) -> Answer:
-        """Score pictures: JSON with up to 64 of them, or one picture as the body and its prompt in the query."""
-        body = await self._body(request)
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind == "application/json":
-            if prompt is not None:
-                raise HTTPException(422, "a JSON body has the prompts: leave ?prompt= out")
-            try:
-                items = Items.model_validate_json(body).items
-            except ValidationError as error:
-                where = [f"{'.'.join(map(str, e['loc'])) or 'the body'}: {e['msg']}" for e in error.errors()[:5]]
-                raise HTTPException(422, "; ".join(where)) from error
-            prompts = [item.prompt for item in items]
-            files = [decoded(item.image, number) for number, item in enumerate(items)]
-        elif kind in FORMATS:
-            if prompt is None:
-                raise HTTPException(422, "the prompt is missing: give ?prompt=… beside a picture")
-            prompts, files = [prompt], [body]
-        else:
-            raise HTTPException(415, f"send application/json, {' or '.join(FORMATS)}, not {kind or 'nothing'!r}")
-        return await asyncio.to_thread(self._score, files, prompts)
-
-    @api.get("/v1/components", dependencies=[Depends(entitled)], responses={401: REFUSALS[401]})
-    async def components(self) -> dict[str, Any]:
-        """What is served: each component's kind and model."""
-        described: dict[str, Any] = await self.rewards.describe.remote()
-        return described
-
-    @api.get("/healthz")
-    async def healthz(self) -> str:
-        """Whether this answers."""
-        return "ok"
-
-    async def _body(self, request: Request) -> bytes:
-        most, body = self.settings.max_megabytes * 2**20, bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > most:
-                raise HTTPException(413, f"a request has at most {self.settings.max_megabytes} megabytes")
-        return bytes(body)
-
-    def _score(self, files: list[bytes], prompts: list[str]) -> Answer:
-        left, pictures = self.settings.max_megapixels * 10**6, []
-        for number, file in enumerate(files):
-            picture = opened(file, number, left)
-            left -= picture.shape[0] * picture.shape[1]
-            pictures.append(picture)
-        scores: list[dict[str, float]] = [{} for _ in files]
-        sizes: dict[tuple[int, ...], list[int]] = {}
-        for number, picture in enumerate(pictures):
-            sizes.setdefault(picture.shape, []).append(number)
-        asked = []
-        for numbers in sizes.values():  # a batch has one size
-            batch, texts = np.stack([pictures[n] for n in numbers]), [prompts[n] for n in numbers]
-            asked.append((numbers, asking.Request(self.rewards, "judge", batch, texts, what="scoring", prompts=texts)))
-        try:
-            for numbers, request in asked:
-                for name, values in request.result().items():
-                    for n, value in zip(numbers, values.tolist(), strict=True):
-                        scores[n][name] = value
-        except asking.GivenUpError as error:
-            raise HTTPException(502, str(error)) from error
-        return Answer(scores=scores)
+bearer = HTTPBearer(auto_error=False)  # what the description says of it; a replica looks at the token itself
 
 
 @api.exception_handler(ValueError)
@@ -225,6 +144,90 @@ def token(settings: ServedRewards) -> str | None:
         source = settings.token_file or f"the environment variable {TOKEN}"
         raise ValueError(f"{source} has no token for the reward service: give one, or set open to true to answer everybody")
     return found.strip()
+
+
+# Last: Serve keeps a copy of the application as it is here, with what it refers to.
+@serve.ingress(api)
+class Front:
+    """A replica that answers HTTP."""
+
+    def __init__(self, settings: ServedRewards, rewards: DeploymentHandle) -> None:
+        self.settings, self.rewards = settings, rewards
+        self.token = token(settings)
+
+    @api.post("/v1/score", responses=REFUSALS, openapi_extra=BODY, dependencies=[Depends(bearer)])
+    async def score(self, request: Request, prompt: Annotated[Prompt | None, Query()] = None) -> Answer:
+        """Score pictures: JSON with up to 64 of them, or one picture as the body and its prompt in the query."""
+        self._entitled(request)
+        body = await self._body(request)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "application/json":
+            if prompt is not None:
+                raise HTTPException(422, "a JSON body has the prompts: leave ?prompt= out")
+            try:
+                items = Items.model_validate_json(body).items
+            except ValidationError as error:
+                where = [f"{'.'.join(map(str, e['loc'])) or 'the body'}: {e['msg']}" for e in error.errors()[:5]]
+                raise HTTPException(422, "; ".join(where)) from error
+            prompts = [item.prompt for item in items]
+            files = [decoded(item.image, number) for number, item in enumerate(items)]
+        elif kind in FORMATS:
+            if prompt is None:
+                raise HTTPException(422, "the prompt is missing: give ?prompt=… beside a picture")
+            prompts, files = [prompt], [body]
+        else:
+            raise HTTPException(415, f"send application/json, {' or '.join(FORMATS)}, not {kind or 'nothing'!r}")
+        return await asyncio.to_thread(self._score, files, prompts)
+
+    @api.get("/v1/components", dependencies=[Depends(bearer)], responses={401: REFUSALS[401]})
+    async def components(self, request: Request) -> dict[str, Any]:
+        """What is served: each component's kind and model."""
+        self._entitled(request)
+        described: dict[str, Any] = await self.rewards.describe.remote()
+        return described
+
+    @api.get("/healthz")
+    async def healthz(self) -> str:
+        """Whether this answers."""
+        return "ok"
+
+    def _entitled(self, request: Request) -> None:
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        if self.token is not None and (
+            kind.lower() != "bearer" or not secrets.compare_digest(given.encode(), self.token.encode())
+        ):
+            raise HTTPException(401, "send the header 'Authorization: Bearer TOKEN'", {"WWW-Authenticate": "Bearer"})
+
+    async def _body(self, request: Request) -> bytes:
+        most, body = self.settings.max_megabytes * 2**20, bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > most:
+                raise HTTPException(413, f"a request has at most {self.settings.max_megabytes} megabytes")
+        return bytes(body)
+
+    def _score(self, files: list[bytes], prompts: list[str]) -> Answer:
+        left, pictures = self.settings.max_megapixels * 10**6, []
+        for number, file in enumerate(files):
+            picture = opened(file, number, left)
+            left -= picture.shape[0] * picture.shape[1]
+            pictures.append(picture)
+        scores: list[dict[str, float]] = [{} for _ in files]
+        sizes: dict[tuple[int, ...], list[int]] = {}
+        for number, picture in enumerate(pictures):
+            sizes.setdefault(picture.shape, []).append(number)
+        asked = []
+        for numbers in sizes.values():  # a batch has one size
+            batch, texts = np.stack([pictures[n] for n in numbers]), [prompts[n] for n in numbers]
+            asked.append((numbers, asking.Request(self.rewards, "judge", batch, texts, what="scoring", prompts=texts)))
+        try:
+            for numbers, request in asked:
+                for name, values in request.result().items():
+                    for n, value in zip(numbers, values.tolist(), strict=True):
+                        scores[n][name] = value
+        except asking.GivenUpError as error:
+            raise HTTPException(502, str(error)) from error
+        return Answer(scores=scores)
 
 
 def build(args: ServedRewards) -> serve.Application:

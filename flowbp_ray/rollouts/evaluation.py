@@ -79,7 +79,7 @@ def scores(pictures: Pictures) -> dict[str, Score]:
     """Where pictures are right or wrong the six tasks and their ``mean``; of all else that is said of them the mean; with
     standard errors."""
     averages = {}
-    if "right" in pictures and pictures["task"][0] in TASKS:
+    if "right" in pictures and set(pictures["task"]) <= set(TASKS):
         averages = six_tasks({task: pictures["right"][pictures["task"] == task] for task in TASKS})
     elif "right" in pictures:
         from flowbp_ray.evaluators import geneval_rules

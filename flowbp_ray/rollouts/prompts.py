@@ -30,6 +30,8 @@ def pictured(config: AlignConfig, number: int | None = None) -> dict[str, list[R
 
         for row in geneval_rules.read(file):
             groups.setdefault(row["tag"], []).append(row)
+        if missing := [tag for tag in geneval_rules.TAGS if tag not in groups]:
+            raise ValueError(f"{file} has no prompts of {', '.join(missing)}: GenEval's score is the mean of all six tasks")
     else:
         groups = {"prompts": read_rows(file)}
     if settings.per_prompt and number is None:

@@ -77,3 +77,10 @@ def test_each_prompt_is_pictured_so_often_or_all_in_turn(tmp_path):
     ids = [row["id"] for row in pictured(load(SPARSE, [file, "evaluation.per_prompt=2"]))["prompts"]]
     assert ids == [1, 1, 2, 2]
     assert [row["id"] for row in pictured(load(SPARSE, [file, "evaluation.per_task=3"]))["prompts"]] == [1, 2, 1]
+
+
+def test_geneval_needs_prompts_of_all_of_its_tasks(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"tag": "counting", "include": [{"class": "dog", "count": 2}], "prompt": "two dogs"}\n')
+    config = load(SPARSE, [f"evaluation.prompts={tmp_path}/m.jsonl", "evaluation.geneval={}"])
+    with pytest.raises(ValueError, match="has no prompts of single_object, two_object, colors, position, color_attr: GenEval's"):
+        pictured(config)
