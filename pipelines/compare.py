@@ -61,6 +61,10 @@ def check_budgets(configs: dict[str, AlignConfig]) -> None:
         return config.train.batch * len(plan_of(config, np.linspace(1, 0, config.sampling.steps + 1), 0).reward_inputs)
 
     (first, reference), *others = configs.items()
+    if reference.watch.stop or reference.train.best:
+        raise ConfigError(
+            "watch.stop and train.best would end cells after different numbers of steps: set them to false and null"
+        )
     for name, config in others:
         one, two = flattened(reference.model_dump(mode="json")), flattened(config.model_dump(mode="json"))
         for key in sorted(one.keys() | two.keys()):

@@ -33,6 +33,12 @@ def test_all_recipes_are_on_equal_terms(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_cells_all_have_the_same_number_of_steps():
+    result = run(SPARSE, "watch.stop=true", "--dry-run")
+    assert result.returncode == 1
+    assert "watch.stop and train.best would end cells after different numbers of steps" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
