@@ -11,11 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flowbp_ray.errors import DeadRewardError
+
 Score = Callable[[Tensor, list[str]], Tensor]
-
-
-class DeadRewardError(RuntimeError):
-    """A reward gave a value or a gradient that is not finite; it is never taken for 0."""
 
 
 @dataclass(frozen=True)

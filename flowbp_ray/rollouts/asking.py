@@ -13,6 +13,8 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
+from flowbp_ray.errors import DeadRewardError
+
 TRIES = 3
 ANSWER_WITHIN = 600.0  # seconds, for one batch
 
@@ -22,11 +24,11 @@ class AvoidedError(RuntimeError):
 
 
 class ReplicaFailedError(RuntimeError):
-    """What failed, and in which replica."""
+    """What failed, and in which replica; ``complete`` if it says all that there is to say."""
 
-    def __init__(self, replica: str, said: str) -> None:
-        super().__init__(replica, said)
-        self.replica, self.said = replica, said
+    def __init__(self, replica: str, said: str, complete: bool) -> None:
+        super().__init__(replica, said, complete)
+        self.replica, self.said, self.complete = replica, said, complete
 
 
 class GivenUpError(RuntimeError):
@@ -51,8 +53,10 @@ def answering(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *arguments)
         except (ValueError, GivenUpError):
             raise
+        except DeadRewardError as error:
+            raise ReplicaFailedError(replica, str(error), complete=True) from error
         except Exception as error:  # of models and libraries, which may raise anything
-            raise ReplicaFailedError(replica, f"{type(error).__name__}: {error}") from error
+            raise ReplicaFailedError(replica, f"{type(error).__name__}: {error}", complete=False) from error
 
     return answer
 
@@ -76,6 +80,7 @@ class Request:
     def result(self) -> Any:
         """The answer. ValueError for bad input; GivenUpError, one sentence, after `TRIES` failures."""
         failures: list[str] = []
+        complete = True
         avoided: list[str] = []
         turns = 0
         while True:
@@ -84,6 +89,7 @@ class Request:
             except TimeoutError:
                 self.response.cancel()
                 failures.append(f"no answer within {self.within:g} s")
+                complete = False
             except RayError as error:  # a replica's own error, or what happened to the replica
                 cause = error.cause if isinstance(error, RayTaskError) else error
                 if isinstance(cause, AvoidedError) and turns < 50:
@@ -93,13 +99,17 @@ class Request:
                     avoided = []  # there is no other
                 elif isinstance(cause, ReplicaFailedError):
                     failures.append(cause.said)
+                    complete &= cause.complete
                     avoided.append(cause.replica)
                 elif isinstance(cause, RayError):
                     failures.append(f"the replica is gone: {str(cause).splitlines()[0]}")
+                    complete = False
                 else:
                     raise cause from None
             if len(failures) == TRIES:
+                said = "; ".join(dict.fromkeys(failures))
+                if complete:
+                    raise GivenUpError(f"{said} ({TRIES} tries)")
                 some = textwrap.shorten(", ".join(map(repr, self.prompts)), 300, placeholder=" …")
-                said = list(dict.fromkeys(failures))
-                raise GivenUpError(f"{self.what} failed {TRIES} times for the prompts {some}: {'; '.join(said)}")
+                raise GivenUpError(f"{self.what} failed {TRIES} times for the prompts {some}: {said}")
             self.response = self.send(avoided)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from flowbp_ray.rewards.objective import Component, DeadRewardError, objective
+from flowbp_ray.errors import DeadRewardError
+from flowbp_ray.rewards.objective import Component, objective
 
 PROMPTS = ["one", "two", "three"]
 
