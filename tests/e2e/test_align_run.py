@@ -92,7 +92,12 @@ def test_the_same_configuration_gives_bitwise_the_same_adapter(aligned, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("samplers", "lag", "started"), [pytest.param(1, 0, False, marks=pytest.mark.slow), (2, 0, True), (1, 1, False)]
+    ("samplers", "lag", "started"),
+    [
+        pytest.param(1, 0, False, marks=pytest.mark.slow),
+        pytest.param(2, 0, True, marks=pytest.mark.slow),
+        (1, 1, False),
+    ],
 )
 def test_one_worker_learns_bitwise_what_one_process_does(cluster, aligned, tmp_path, samplers, lag, started):
     """Whatever the number of samplers, the lag, and whether it starts from an earlier run's adapter."""

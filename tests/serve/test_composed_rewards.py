@@ -20,6 +20,9 @@ from serve.rewards import application, here
 PROMPTS = ["a red ring", "three circles", "a blue square left of a cross"]
 CONFIG = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
 OWN = "{replicas: 2, cpus: 0.1}"
+
+pytestmark = pytest.mark.slow
+
 COMPONENTS = (
     f"{{name: preference, path: shapes/reward, weight: 1, clip: 10, deployment: {OWN}}}",
     f'{{name: sharp, kind: function, path: "odd_rewards:sharpness", weight: 0.5, deployment: {OWN}}}',
