@@ -1,5 +1,13 @@
 """What a person runs: ``python -m pipelines.NAME --help``."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def files_and_overrides(given: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """A command line's YAML files, and its ``section.setting=value``, in their orders."""
+    return [Path(g) for g in given if "=" not in g], [g for g in given if "=" in g]
+
 
 def quiet_libraries() -> None:
     """Keep the libraries' loading bars and notices (truncated T5 prompts, optional packages) out of a command's output."""

@@ -21,6 +21,7 @@ from types import FrameType
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load, paths
 from flowbp_ray.tracking.store import masked, tracking_uri
 from flowbp_ray.training import EXPORT_FILE
+from pipelines import files_and_overrides
 
 
 def arguments() -> argparse.Namespace:
@@ -32,8 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("changes", nargs="*", metavar="file | section.setting=value", help="what to change in it")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, and start nothing")
     args = parser.parse_intermixed_args()
-    args.more = [Path(c) for c in args.changes if "=" not in c]
-    args.overrides = [c for c in args.changes if "=" in c]
+    args.more, args.overrides = files_and_overrides(args.changes)
     return args
 
 
@@ -47,7 +47,8 @@ def main() -> None:
         if args.dry_run:
             print(plan)
             return
-        from pipelines.alignment import align, cluster, reason
+        from pipelines.alignment import align
+        from pipelines.session import cluster, reason
     except (ConfigError, ValueError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

@@ -17,6 +17,7 @@ import numpy as np
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load
 from flowbp_ray.surrogate.quadrature import Grid
+from pipelines import files_and_overrides
 from pipelines.comparison import BASE, Measured, chart, evaluations, grid, read, table
 
 #: Shorter than a recipe's own run, so that a cell takes minutes; overrides change them.
@@ -39,8 +40,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_intermixed_args()
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: at least one is needed")
-    args.files = [Path(g) for g in args.given if "=" not in g]
-    args.overrides = [g for g in args.given if "=" in g]
+    args.files, args.overrides = files_and_overrides(args.given)
     if not args.files:
         parser.error("no configuration is named: give YAML files, such as configs/shapes/*.yaml")
     return args
@@ -102,7 +102,7 @@ def main() -> None:
             f"samples a step and {pictures} pictures to evaluate, and the base's. Results: {folder}. Nothing was started."
         )
         return
-    from pipelines.alignment import reason
+    from pipelines.session import reason
 
     try:
         compare(planned, folder, args.seeds)
@@ -117,7 +117,7 @@ def compare(planned: dict[tuple[str, int], AlignConfig], folder: Path, seeds: in
     from flowbp_ray import backbones
     from flowbp_ray.rollouts.plans import grid_of
     from pipelines import quiet_libraries
-    from pipelines.alignment import cluster
+    from pipelines.session import cluster
 
     quiet_libraries()
 

@@ -45,7 +45,7 @@ def main() -> None:
             print(intended(config, folder))
             return
         from flowbp_ray.rollouts import embeds
-        from pipelines.alignment import cluster, reason
+        from pipelines.session import cluster, reason
 
         prompts = embeds.wanted(config)
         missing = embeds.start(config, folder).missing(prompts)
@@ -93,7 +93,7 @@ def encode(config: AlignConfig, folder: Path, prompts: list[str]) -> None:
 
     from flowbp_ray.rollouts.embeds import Embeds
     from flowbp_ray.rollouts.stages import ENCODED_AT_ONCE, Encoder
-    from pipelines.alignment import progress, quiet_streams
+    from pipelines.session import progress, quiet_streams
 
     quiet_streams()
     cluster = config.cluster

@@ -24,15 +24,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load
-from flowbp_ray.tracking.store import tracking_uri
+from flowbp_ray.config.reward import RewardComponent
+from flowbp_ray.rollouts.prompts import pictured
+from flowbp_ray.tracking.store import masked, tracking_uri
 from flowbp_ray.training import EXPORT_FILE
+from pipelines import files_and_overrides
 from pipelines.align import check_rewards, interrupt, pinned
 
 if TYPE_CHECKING:
     from pipelines.report import Result
 
-#: Of the configuration, what makes pictures and scores what they are beside the model that is judged.
-PROTOCOL = ("evaluation.prompts", "evaluation.per_task", "evaluation.per_prompt", "evaluation.batch", "evaluation.seed")
+#: Of the evaluation's settings, what makes pictures and scores what they are; of files the contents count, not their places.
+PROTOCOL = ("per_task", "per_prompt", "seed", "unified_reward")
 
 
 def arguments() -> argparse.Namespace:
@@ -48,8 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="the folder (default: evaluations/ beside the runs, named by what is judged)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, and start nothing")
     args = parser.parse_intermixed_args()
-    args.files = [Path(g) for g in args.given if "=" not in g]
-    args.overrides = [g for g in args.given if "=" in g]
+    args.files, args.overrides = files_and_overrides(args.given)
     return args
 
 
@@ -62,20 +64,24 @@ def main() -> None:
             config = pinned(config)
             check_rewards(config)
             protocol = protocol_of(config)
-            identity = {"model": config.model.model_dump(mode="json"), "adapter": adapter and digest(adapter / EXPORT_FILE)}
+            identity = {
+                "model": config.model.model_dump(mode="json"),
+                "adapter": adapter and digest(adapter / EXPORT_FILE),
+                "batch": config.evaluation.batch,  # what is kept together
+            }
             key = hashlib.sha256(json.dumps([protocol, identity], sort_keys=True).encode()).hexdigest()[:12]
             folder = (args.output or config.output.parent / "evaluations" / f"{name}-{key}").expanduser().absolute()
             check_folder(folder, protocol, identity)
             from pipelines.report import read
 
             beside = [read(f) for f in args.beside]
-            pictures = sum(map(len, rows(config).values()))
+            pictures = sum(map(len, pictured(config).values()))
             if args.dry_run:
-                print(dump(config))
+                print(masked(dump(config)))
                 print(json.dumps(protocol, indent=1))
                 print(f"{pictures} pictures to {folder}. Nothing was started.")
                 return
-            from pipelines.alignment import cluster, reason
+            from pipelines.session import cluster, reason
         except (ConfigError, ValueError, OSError) as error:
             sys.exit(str(error))
         except KeyboardInterrupt:
@@ -127,7 +133,7 @@ def tracked(args: argparse.Namespace, scratch: Path) -> tuple[AlignConfig, Path,
         config = Path(client.download_artifacts(run_id, "resolved_config.yaml", str(scratch)))
         found = Path(mlflow.artifacts.download_artifacts(artifacts, dst_path=str(scratch), tracking_uri=uri))
     except (MlflowException, OSError, TypeError) as error:
-        where = f"--adapter {args.adapter} is no folder here, and MLflow ({uri}) has no such run or model with an adapter"
+        where = f"--adapter {args.adapter} is no folder here, and MLflow ({masked(uri)}) has no such run or model with an adapter"
         raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
     (file, *_) = [*found.rglob(EXPORT_FILE), None]
     if file is None:
@@ -138,37 +144,29 @@ def tracked(args: argparse.Namespace, scratch: Path) -> tuple[AlignConfig, Path,
     return load(files[0], args.overrides, files[1:]), file.parent, run_id[:8]
 
 
-def rows(config: AlignConfig) -> dict[str, list[dict[str, Any]]]:
-    """What is pictured, by task."""
-    from flowbp_ray.rollouts.prompts import pictured
-
-    return pictured(config)
-
-
 def protocol_of(config: AlignConfig) -> dict[str, Any]:
     """All that two results have to have in common to be comparable, beside the model that is judged."""
     from importlib.metadata import version
 
-    evaluation = config.evaluation.model_dump(mode="json")
-    texts = json.dumps(list(rows(config).items()), sort_keys=True).encode()
-    judges = {
-        c.name: {"kind": c.kind, "path": c.path, "encoder": c.encoder}
-        | {f"{setting}_version": version_of(source) for setting, source, _ in c.files()}
-        for c in config.reward.components
-    }
-    if (geneval := config.evaluation.geneval) is not None:
-        evaluation["geneval"] |= {f"{name}_version": version_of(getattr(geneval, name)) for name in ("detector", "clip")}
+    evaluation, geneval = config.evaluation, config.evaluation.geneval
+    texts = json.dumps(list(pictured(config).items()), sort_keys=True).encode()
     return {
         "sampling": config.sampling.model_dump(mode="json"),
         "dtype": config.model.dtype,
-        **{name.partition(".")[2]: evaluation[name.partition(".")[2]] for name in PROTOCOL},
-        "prompts_sha256": hashlib.sha256(texts).hexdigest(),
-        "rewards": judges,
-        "shapes_checker": config.evaluation.checked,
-        "geneval": evaluation["geneval"],
-        "unified_reward": evaluation["unified_reward"],
+        **evaluation.model_dump(mode="json", include=set(PROTOCOL)),
+        "prompts": "sha256 " + hashlib.sha256(texts).hexdigest()[:16],
+        "rewards": {c.name: {"kind": c.kind} | judge_of(c) for c in config.reward.components},
+        "shapes_checker": evaluation.checked,
+        "geneval": geneval and {"detector": version_of(geneval.detector), "clip": version_of(geneval.clip)},
         "versions": {package: version(package) for package in ("flowbp_ray", "torch", "diffusers", "transformers")},
     }
+
+
+def judge_of(component: RewardComponent) -> dict[str, str]:
+    """Which function or weights a reward is."""
+    if component.kind == "function":
+        return {"path": component.path}
+    return {setting: version_of(source) for setting, source, _ in component.files()}
 
 
 def version_of(source: str) -> str:
@@ -212,8 +210,8 @@ def begin(folder: Path, name: str, protocol: dict[str, Any], identity: dict[str,
 def evaluated(config: AlignConfig, adapter: Path | None, folder: Path, number: int) -> "Result":
     """All pictures, sampled and judged on the connected cluster."""
     from flowbp_ray.rollouts.evaluation import evaluate
-    from pipelines.alignment import progress, quiet_streams, remove_rewards, serve_rewards
     from pipelines.report import write
+    from pipelines.session import progress, quiet_streams, remove_rewards, serve_rewards
 
     quiet_streams()
     own = f"rewards-{folder.name}"

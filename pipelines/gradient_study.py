@@ -20,6 +20,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load
+from pipelines import files_and_overrides
 
 if TYPE_CHECKING:
     from flowbp_ray.training.study import Comparison, Growth
@@ -51,11 +52,10 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="folder of the results (default: a new one among the runs)")
     args = parser.parse_intermixed_args()
-    files = [Path(g) for g in args.given if "=" not in g]
+    files, args.overrides = files_and_overrides(args.given)
     if len(files) > 1:
         parser.error(f"one configuration is studied at a time, not {' and '.join(map(str, files))}")
     args.file = files[0] if files else DEFAULT
-    args.overrides = [g for g in args.given if "=" in g]
     for name, least in (("samples", 2), ("draws", 3)):
         if (number := vars(args)[name]) < least:
             parser.error(f"--{name} {number}: at least {least} are needed, to see how much they differ")
@@ -78,7 +78,7 @@ def main() -> None:
     from pipelines import quiet_libraries
 
     quiet_libraries()
-    from pipelines.alignment import reason
+    from pipelines.session import reason
 
     folder = (args.output or config.output / f"{time.strftime('%Y%m%d-%H%M%S')}-gradient_study").expanduser().absolute()
     try:

@@ -18,7 +18,7 @@ from torch import Tensor
 from flowbp_ray.config import AlignConfig, load
 from flowbp_ray.rollouts.asking import Request
 from flowbp_ray.rollouts.stages import service
-from pipelines.alignment import cluster
+from pipelines.session import cluster
 from serve.rewards import Scores, application, here
 
 CONFIG = Path(__file__).parents[1] / "configs" / "shapes" / "sparse.yaml"

@@ -79,7 +79,8 @@ def measure(args: argparse.Namespace, store: Path) -> None:
     except ConfigError as error:
         sys.exit(str(error))
     from pipelines import quiet_libraries
-    from pipelines.alignment import align, cluster, reason
+    from pipelines.alignment import align
+    from pipelines.session import cluster, reason
 
     quiet_libraries()
     head = ["policy_lag", *STAGES, "step", "orchestration", "its share"]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowbp_ray.config import AlignConfig, ConfigError, load
+from pipelines import files_and_overrides
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,11 +40,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=4, help="of the micro-batch (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("update_cost.png"), help="the plot (default: %(default)s)")
     args = parser.parse_intermixed_args()
-    files = [Path(g) for g in args.given if "=" not in g]
+    files, args.overrides = files_and_overrides(args.given)
     if len(files) > 1:
         parser.error(f"one configuration is counted at a time, not {' and '.join(map(str, files))}")
     args.file = files[0] if files else RECIPE
-    args.overrides = [g for g in args.given if "=" in g]
     if args.steps < 2 or args.samples < 1:
         parser.error(f"--steps {args.steps} --samples {args.samples}: at least 2 steps and 1 sample are needed")
     return args

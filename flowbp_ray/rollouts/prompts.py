@@ -7,9 +7,8 @@ from typing import Any
 
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.config.schema import Prompts
+from flowbp_ray.evaluators import Row
 from flowbp_ray.shapes.captions import evaluation_prompts, training_prompts
-
-Row = dict[str, Any]
 
 
 def read_prompts(prompts: Prompts) -> list[str]:

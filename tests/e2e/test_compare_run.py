@@ -8,8 +8,8 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from pipelines import alignment
 from pipelines import compare as command
+from pipelines import session
 
 pytestmark = pytest.mark.slow
 RECIPES = Path(__file__).parents[2] / "configs" / "shapes"
@@ -30,7 +30,7 @@ SMALL = (
 @pytest.fixture
 def compare(cluster, tmp_path, monkeypatch, capsys):
     """The command, on the cluster that is there; what it prints."""
-    monkeypatch.setattr(alignment, "cluster", lambda _: nullcontext())
+    monkeypatch.setattr(session, "cluster", lambda _: nullcontext())
     files = [str(RECIPES / f"{name}.yaml") for name in ("sparse", "drtune")]
     own = ["--seeds", "1", "--output", str(tmp_path / "out"), f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
 

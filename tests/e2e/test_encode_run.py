@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from flowbp_ray.config import load
 from flowbp_ray.rollouts import embeds
 from flowbp_ray.training.learner import Learner
-from pipelines import alignment, encode_prompts
+from pipelines import alignment, encode_prompts, session
 
 pytestmark = pytest.mark.slow
 SPARSE = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
@@ -57,7 +57,7 @@ def test_an_alignment_with_embeddings_learns_what_it_learns_without(cluster, tmp
     def command(*more):
         """As a person runs it, on the cluster that is there, and what it says."""
         monkeypatch.setattr(sys, "argv", ["encode_prompts", str(SPARSE), *settings, *more, "--output", str(folder)])
-        monkeypatch.setattr(alignment, "cluster", lambda _: nullcontext())
+        monkeypatch.setattr(session, "cluster", lambda _: nullcontext())
         before = signal.getsignal(signal.SIGTERM)
         try:
             encode_prompts.main()

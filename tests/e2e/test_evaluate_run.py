@@ -18,7 +18,7 @@ from flowbp_ray.config import load
 from flowbp_ray.pictures import to_uint8
 from flowbp_ray.tracking.run import TrackedRun
 from flowbp_ray.training import adapter
-from pipelines import alignment, evaluate
+from pipelines import evaluate, session
 
 SPARSE = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
 SMALL = (
@@ -41,7 +41,7 @@ def command(cluster, tmp_path, monkeypatch, capsys):
     def run(*more):
         settings = [*SMALL, f"output={tmp_path}/runs", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
         monkeypatch.setattr(sys, "argv", ["evaluate", *settings, *map(str, more)])
-        monkeypatch.setattr(alignment, "cluster", lambda _: nullcontext())
+        monkeypatch.setattr(session, "cluster", lambda _: nullcontext())
         before = signal.getsignal(signal.SIGTERM)
         try:
             evaluate.main()

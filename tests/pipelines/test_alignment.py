@@ -13,7 +13,8 @@ from flowbp_ray.config import ConfigError, load
 from flowbp_ray.rollouts.evaluation import differences, scores
 from flowbp_ray.rollouts.prompts import pictured
 from flowbp_ray.shapes.captions import TASKS
-from pipelines.alignment import before_after, follow, previewed, reason, table
+from pipelines.alignment import before_after, follow, previewed, table
+from pipelines.session import reason
 
 SPARSE = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
 CONFIG = load(SPARSE, [])

@@ -35,7 +35,7 @@ def test_help_shows_commands_to_copy(said):
 def test_a_dry_run_says_the_protocol_and_starts_nothing(said, tmp_path):
     printed = said(SPARSE, *SMALL, "--dry-run", "--output", tmp_path / "out")
     assert printed.endswith(f"12 pictures to {tmp_path}/out. Nothing was started.\n")
-    assert '"prompts_sha256"' in printed
+    assert '"prompts": "sha256 ' in printed
     assert not list(tmp_path.iterdir())
 
 
@@ -70,7 +70,7 @@ def test_prompts_are_part_of_the_protocol(tmp_path):
     for text in ("a cat", "a dog"):
         file.write_text(text)
         protocols.append(evaluate.protocol_of(load(Path(SPARSE), [f"evaluation.prompts={file}"])))
-    assert [k for k in protocols[0] if protocols[0][k] != protocols[1][k]] == ["prompts_sha256"]
+    assert [k for k in protocols[0] if protocols[0][k] != protocols[1][k]] == ["prompts"]
 
 
 def test_weights_of_the_judges_are_part_of_the_protocol(tmp_path):
@@ -84,4 +84,4 @@ def test_weights_of_the_judges_are_part_of_the_protocol(tmp_path):
         protocols.append(evaluate.protocol_of(config)["rewards"])
     assert protocols[0]["preference"] == protocols[1]["preference"]
     differ = [k for k in protocols[0]["judge"] if protocols[0]["judge"][k] != protocols[1]["judge"][k]]
-    assert differ == ["path_version", "encoder_version"]  # the tokenizer is in the same folder
+    assert differ == ["path", "encoder"]  # the tokenizer is in the same folder
