@@ -13,11 +13,11 @@ import numpy as np
 from flowbp_ray.config import ConfigError
 from flowbp_ray.rollouts.evaluation import TEXTS, Pictures, differences, scores
 from flowbp_ray.rollouts.stages import picture_file
+from flowbp_ray.shapes.captions import TASKS
 from flowbp_ray.shapes.evaluation import Score
 
 SHOWN = 12  # pictures of a task on the page
 NORMAL = 1.959964  # standard errors to either side, for 95 %
-SHARES = ("watermarked",)  # per cent of pictures, as the tasks are
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Result:
 def write(folder: Path, pictures: Pictures) -> Result:
     """The result, kept in the folder: ``result.json``, and ``pictures.json`` with one row a picture."""
     averages = scores(pictures)
-    kept = {name: asdict(score) | {"interval": interval(name, score)} for name, score in averages.items()}
+    kept = {n: asdict(score) | {"interval": interval(n, score, independent(pictures, n))} for n, score in averages.items()}
     (folder / "result.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     (folder / "pictures.json").write_text(json.dumps({k: v.tolist() for k, v in pictures.items()}) + "\n", encoding="utf-8")
     return read(folder)
@@ -51,14 +51,26 @@ def read(folder: Path) -> Result:
     return Result(about["name"], folder, about["protocol"], pictures, scores(pictures))
 
 
-def interval(name: str, score: Score) -> tuple[float, float]:
-    """The 95 % interval: Wilson's for a share, which is right near none and all too, else 1.96 standard errors to either side."""
-    if not share(name) or score.error == 0:
+def interval(name: str, score: Score, number: float) -> tuple[float, float]:
+    """The 95 % interval: Wilson's for a share, which is right near none and all too, else 1.96 standard errors to either side.
+
+    ``number`` is of independent pictures, where it does not show in the error: with none or all of them right.
+    """
+    if not share(name):
         return score.value - NORMAL * score.error, score.value + NORMAL * score.error
-    number = score.value * (1 - score.value) / score.error**2  # independent pictures
+    if score.error:
+        number = score.value * (1 - score.value) / score.error**2
     middle = (score.value + NORMAL**2 / (2 * number)) / (1 + NORMAL**2 / number)
     half = NORMAL / (1 + NORMAL**2 / number) * math.sqrt(score.error**2 + NORMAL**2 / (4 * number**2))
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def independent(pictures: Pictures, name: str) -> int:
+    """Pictures that a score is of; of GenEval's tasks prompts, since a prompt's pictures are right or wrong together."""
+    of_task = pictures["task"] == name
+    if not of_task.any():
+        return len(of_task)
+    return int(of_task.sum()) if name in TASKS and set(pictures["task"]) <= set(TASKS) else len(set(pictures["prompt"][of_task]))
 
 
 def share(name: str) -> bool:
@@ -80,8 +92,16 @@ def table(results: list[Result]) -> str:
     lines = [f"| | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
     gains = [] if other else [differences(first.pictures, r.pictures) for r in others]
     for name in dict.fromkeys(name for r in results for name in r.scores):
-        cells = [shown(name, r.scores[name]) if name in r.scores else "" for r in results]
-        cells += [shown(name, gain[name], "+") if name in gain else "" for gain in gains]
+        cells = [
+            shown(name, r.scores[name], interval(name, r.scores[name], independent(r.pictures, name))) if name in r.scores else ""
+            for r in results
+        ]
+        for gained in gains:
+            if name in gained:
+                value, error = gained[name].value, gained[name].error
+                cells.append(shown(name, gained[name], (value - NORMAL * error, value + NORMAL * error), "+"))
+            else:
+                cells.append("")
         lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
     said = f"{len(first.pictures['seed'])} pictures; 95 % intervals; tasks in % of pictures."
     if gains:
@@ -91,10 +111,9 @@ def table(results: list[Result]) -> str:
     return "\n".join([*lines, "", said]) + "\n"
 
 
-def shown(name: str, score: Score, sign: str = "") -> str:
+def shown(name: str, score: Score, span: tuple[float, float], sign: str = "") -> str:
     """A value and its interval."""
-    scale = 100 if share(name) or name == "mean" else 1
-    low, high = interval(name, score) if not sign else (score.value - NORMAL * score.error, score.value + NORMAL * score.error)
+    scale, (low, high) = 100 if share(name) or name == "mean" else 1, span
     decimals = 1 if scale == 100 else max(2, 1 - math.floor(math.log10(score.error))) if score.error else 2
     return f"{scale * score.value:{sign}.{decimals}f} [{scale * low:{sign}.{decimals}f}, {scale * high:{sign}.{decimals}f}]"
 

@@ -11,7 +11,7 @@ from flowbp_ray.config import ConfigError
 from flowbp_ray.rollouts.stages import picture_file
 from flowbp_ray.shapes.captions import TASKS
 from flowbp_ray.shapes.evaluation import Score
-from pipelines.report import html, interval, read, rendered, table, write
+from pipelines.report import html, independent, interval, read, rendered, table, write
 
 PROTOCOL = {"sampling": {"steps": 12}, "seed": 0}
 
@@ -69,12 +69,21 @@ def test_a_result_is_read_back_and_what_is_none_is_refused(two, tmp_path):
         read(tmp_path)
 
 
-@pytest.mark.parametrize(("right", "number"), [(0.0, 40), (1.0, 40), (0.5, 10)])
-def test_intervals_hold_the_truth_as_often_as_they_say_and_stay_within_bounds(right, number):
-    low, high = interval("colours", Score(right, (right * (1 - right) / number) ** 0.5))
-    assert 0 <= low <= right <= high <= 1
-    if right == 0.5:
-        assert (low, high) == pytest.approx((0.2366, 0.7634), abs=1e-4)  # as in any table of Wilson's
+@pytest.mark.parametrize(
+    ("right", "number", "span"),  # as in any table of Wilson's
+    [(0.0, 40, (0.0, 0.0876)), (1.0, 40, (0.9124, 1.0)), (0.5, 10, (0.2366, 0.7634))],
+)
+def test_intervals_of_shares_stay_within_bounds_and_have_a_width_at_none_and_all(right, number, span):
+    score = Score(right, (right * (1 - right) / number) ** 0.5)
+    assert interval("colours", score, number) == pytest.approx(span, abs=1e-4)
+
+
+def test_what_is_independent_are_pictures_and_of_geneval_prompts():
+    pictures = {"task": np.array(["counting"] * 4), "prompt": np.array(["a", "a", "b", "b"])}
+    assert independent(pictures, "counting") == 4
+    assert independent(pictures, "watermarked") == 4
+    geneval = {k: np.concatenate([v, [other]]) for (k, v), other in zip(pictures.items(), ("two_object", "c"), strict=True)}
+    assert independent(geneval, "counting") == 2
 
 
 class Page(HTMLParser):
