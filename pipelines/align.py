@@ -6,33 +6,38 @@
     ray job submit --working-dir . -- python -m pipelines.align configs/shapes/sparse.yaml
 
 Further YAML files change the first one. Any setting can be given as section.setting=value; the last one wins.
+
+A run that was interrupted, or failed, goes on from its last checkpoint when the same command is given again; what does not change
+what is learned, such as cluster.samplers or train.workers, may be other then. A finished run gets more steps with
+--resume FOLDER train.steps=….
 """
 
 import argparse
-import json
-import secrets
 import signal
 import sys
-import time
 import traceback
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load, paths
-from flowbp_ray.tracking.store import masked, tracking_uri
-from flowbp_ray.training import EXPORT_FILE
-from pipelines import files_and_overrides
+from flowbp_ray.config.models import check_models
+from flowbp_ray.tracking.store import check_server, masked, tracking_uri
+from pipelines import files_and_overrides, runs
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """The command line, or what else is ``given``."""
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.align", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", type=Path, help="a YAML file, such as configs/shapes/sparse.yaml")
     parser.add_argument("changes", nargs="*", metavar="file | section.setting=value", help="what to change in it")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run of this folder, whatever its state")
+    which.add_argument("--new", action="store_true", help="start a new run, though there is an unfinished one that could go on")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, and start nothing")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(given)
     args.more, args.overrides = files_and_overrides(args.changes)
     return args
 
@@ -41,31 +46,37 @@ def main() -> None:
     """Check the configuration, then run it."""
     args = arguments()
     try:
-        config = load(args.config, args.overrides, args.more)
-        config = pinned(config)
-        plan = intended(config)
+        config, plan, folder = checked(args)
         if args.dry_run:
             print(plan)
+            if (folder / runs.BEGAN).exists():
+                print(f"It would go on with {folder}; {latest_checkpoint(config, folder)}")
             return
+        check_server(config.tracking.uri)
         from pipelines.alignment import align
         from pipelines.session import cluster, reason
     except (ConfigError, ValueError, OSError) as error:
-        sys.exit(str(error))
+        refuse(error)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: nothing was started")
 
-    folder = config.output / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.surrogate.method}-{secrets.token_hex(2)}"
+    if (folder / runs.BEGAN).exists():
+        print(f"going on with the run in {folder}, which was not finished (--new starts another one)")
+    again = "the same command goes on with it"
     try:
         with cluster(config):
             signal.signal(signal.SIGTERM, interrupt)  # `ray job stop`; from now on, since ray.init takes it for itself
             outcome = align(config, folder)
     except KeyboardInterrupt:
-        sys.exit(f"\ninterrupted: nothing runs any more; {latest_checkpoint(folder)}")
+        sys.exit(f"\ninterrupted: nothing runs any more; {latest_checkpoint(config, folder)}; {again}")
+    except ConfigError as error:  # of what the cluster is, or runs
+        refuse(error)
     except Exception as error:  # the boundary to the user: one sentence in place of pages of remote tracebacks
         if not folder.exists():
             sys.exit(f"\nstopped: {reason(error)}")
         (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        sys.exit(f"\nstopped: {reason(error)}\n{latest_checkpoint(folder)}; all of the error is in {folder / 'error.txt'}")
+        where = f"all of the error is in {folder / 'error.txt'}"
+        sys.exit(f"\nstopped: {reason(error)}\n{latest_checkpoint(config, folder)}; {again}; {where}")
     print()
     print((outcome.folder / "table.md").read_text(encoding="utf-8"))
     for name, note in outcome.notes.items():
@@ -78,25 +89,38 @@ def main() -> None:
     print(f"curves    {outcome.info['page']}" + (f"   after: {command}" if command else ""))
 
 
+def checked(args: argparse.Namespace) -> tuple[AlignConfig, str, Path]:
+    """The configuration, what would be done, and the run's folder. ConfigError, ValueError or OSError, in one sentence, for all
+    that can be found wrong without loading a model."""
+    config = pinned(load(args.config, args.overrides, args.more))
+    return config, intended(config), chosen(config, args.resume, args.new)
+
+
+def refuse(error: Exception) -> NoReturn:
+    """End with what is wrong with the input, and the exit code of a command line that is wrong."""
+    print(error, file=sys.stderr)
+    sys.exit(2)
+
+
+def chosen(config: AlignConfig, resume: Path | None, new: bool) -> Path:
+    """The folder of the run to go on with, or of a new one. ConfigError if the named one cannot be gone on with."""
+    if resume is not None:
+        folder = resume.expanduser().absolute()
+        runs.check(config, folder)
+        return folder
+    found = None if new else runs.unfinished(config, config.output.glob("*"))
+    return found or runs.new_folder(config)
+
+
 def interrupt(signum: int, frame: FrameType | None) -> None:
     """End as by Ctrl-C."""
     raise KeyboardInterrupt
 
 
-def latest_checkpoint(folder: Path) -> str:
-    """Where a run's newest complete checkpoint is (Ray Train lists it when all of it is there), and what to do with it."""
-    listed = folder / "checkpoint_manager_snapshot.json"
-    try:
-        latest = json.loads(listed.read_text())["latest_checkpoint_result"] if listed.exists() else None
-        checkpoint = None if latest is None else folder / latest["checkpoint_dir_name"]
-    except json.JSONDecodeError:
-        # Ray rewrites the list in place and was stopped at that. The learner writes a checkpoint's state.json last.
-        checkpoint = max((f.parent for f in folder.glob("checkpoint_*/state.json")), default=None)
-    if checkpoint is None:
-        return "there is no checkpoint of it yet"
-    if not (checkpoint / EXPORT_FILE).exists():
-        return f"the last checkpoint is {checkpoint}, with the transformer as diffusers loads it"
-    return f"the last checkpoint is {checkpoint}: start from it with adapter.init_from={checkpoint}"
+def latest_checkpoint(config: AlignConfig, folder: Path) -> str:
+    """Which checkpoint of a run is the newest that is whole."""
+    newest = runs.Kept(config, folder).newest
+    return f"its last checkpoint, of {newest.steps} steps, is {newest.path}" if newest else "it has no checkpoint yet"
 
 
 def intended(config: AlignConfig) -> str:
@@ -110,14 +134,13 @@ def intended(config: AlignConfig) -> str:
     from flowbp_ray.rollouts.plans import plan_of
     from flowbp_ray.rollouts.prompts import pictured, read_prompts
 
-    if (config.adapter and config.adapter.init_from) or config.prompts.embeds:
+    check_models(config)
+    if config.prompts.embeds:
         from pipelines import quiet_libraries
 
         quiet_libraries()  # first: some notices come with an import
-        from flowbp_ray.rollouts import embeds  # both with diffusers, which takes seconds
-        from flowbp_ray.training.adapter import check_start
+        from flowbp_ray.rollouts import embeds  # with diffusers, which takes seconds
 
-        check_start(config)
         embeds.check(config)
     check_rewards(config)
     train, prompts = config.train, read_prompts(config.prompts)

@@ -24,9 +24,11 @@ from flowbp_ray.rollouts.prompts import pictured, read_prompts
 from flowbp_ray.rollouts.stream import rollouts
 from flowbp_ray.shapes.checker import check
 from flowbp_ray.shapes.evaluation import Score
+from flowbp_ray.tracking.tracker import WARNINGS
 from flowbp_ray.training import EXPORT_FILE, NOTE_FILE
 from flowbp_ray.training.worker import Job, train_loop
-from pipelines.session import Session, on_this_node, progress, session
+from pipelines.runs import Kept
+from pipelines.session import Session, lost, on_this_node, progress, reason, session
 
 PATIENCE = 180  # seconds without a first step, after which the user is told what may be missing
 
@@ -50,22 +52,21 @@ class Outcome:
 
 
 def align(config: AlignConfig, folder: Path) -> Outcome:
-    """Run on the connected cluster and write to the new ``folder``."""
+    """Run on the connected cluster and write to the ``folder``: a new one, or that of a run that was not finished."""
     prompts = read_prompts(config.prompts)
     with session(config, folder) as at:
-        base = judged(config, "base", at, None, 0) if config.evaluation.before else None
+        base = judged(config, "base", at, None, 0, folder) if config.evaluation.before else None
         preview = previewed(config)
         result = trained(config, prompts, folder, at, preview)
         chosen, version, notes = best(config, result)
         if warnings := ray.get(at.tracker.warnings.remote()):
-            (folder / "warnings.txt").write_text("\n".join(warnings) + "\n", encoding="utf-8")
-            notes["warnings"] = f"{len(warnings)}, in {folder / 'warnings.txt'}"
+            notes["warnings"] = f"{len(warnings)}, in {folder / WARNINGS}"
         for note in notes.items():
             ray.get(at.tracker.tag.remote(*note))
         with chosen.as_directory() as checkpoint:
             exported = export(config, Path(checkpoint), folder)
         adapter = (exported / EXPORT_FILE).read_bytes() if config.adapter else exported
-        aligned = judged(config, "aligned", at, adapter, version)
+        aligned = judged(config, "aligned", at, adapter, version, folder)
         (folder / "table.md").write_text(table(config, base, aligned), encoding="utf-8")
         if shown := ray.get(at.tracker.first_and_last.remote()):
             last = result.metrics["version"]
@@ -77,7 +78,7 @@ def align(config: AlignConfig, folder: Path) -> Outcome:
         ray.get(at.tracker.artifact.remote(folder / "table.md", "evaluation"))
         before = None if base is None else scores(base)
         seconds = ray.get(at.tracker.seconds.remote())
-        return Outcome(folder, exported, before, scores(aligned), at.info, seconds, shown, notes)
+    return Outcome(folder, exported, before, scores(aligned), at.info, seconds, shown, notes)
 
 
 def best(config: AlignConfig, result: Result) -> tuple[Checkpoint, int, dict[str, str]]:
@@ -96,6 +97,8 @@ def best(config: AlignConfig, result: Result) -> tuple[Checkpoint, int, dict[str
 def export(config: AlignConfig, checkpoint: Path, folder: Path) -> Path:
     """From a checkpoint the folder ``adapter``, or where all weights were trained the pipeline ``model``."""
     exported = folder / ("adapter" if config.adapter else "model")
+    if exported.exists():
+        shutil.rmtree(exported)  # of an earlier attempt, or of fewer steps
     if config.adapter:
         exported.mkdir()
         for name in (EXPORT_FILE, NOTE_FILE):
@@ -110,11 +113,35 @@ def export(config: AlignConfig, checkpoint: Path, folder: Path) -> Path:
 def judge_base(config: AlignConfig, folder: Path) -> dict[str, Score]:
     """Evaluate the model as it is, in an MLflow run of its own."""
     with session(config, folder) as at:
-        return scores(judged(config, "base", at, None, 0))
+        base = judged(config, "base", at, None, 0, folder)
+    return scores(base)
 
 
 def trained(config: AlignConfig, prompts: list[str], folder: Path, at: Session, preview: list[tuple[str, int]]) -> Result:
-    """Stream rollouts to the train workers until all steps are done or the watch stops them."""
+    """All steps, from the newest checkpoint on. A process or machine that is lost costs the steps since then, and is made up for
+    as often as ``train.retries`` says; anything else that goes wrong would again, and ends the run.
+
+    Ray Train's own FailureConfig would repeat errors too, and not outlive its controller.
+    """
+    kept, tries = Kept(config, folder), 0
+    kept.mend()
+    with progress(config.train.steps, "starting samplers and train workers", "step", kept.steps) as bar:
+        while True:
+            began = kept.steps
+            try:
+                return attempt(config, prompts, folder, at, preview, kept, bar)
+            except Exception as error:
+                tries = 1 if kept.steps > began else tries + 1
+                if not lost(error) or tries > config.train.retries:
+                    raise
+                bar.write(f"lost: {reason(error)}\ngoing on from step {kept.steps}", sys.stderr)
+                kept.mend()
+
+
+def attempt(
+    config: AlignConfig, prompts: list[str], folder: Path, at: Session, preview: list[tuple[str, int]], kept: Kept, bar: tqdm
+) -> Result:
+    """One stream of rollouts and one group of train workers, as far as they get."""
     store = ray.remote(PolicyStore).options(num_cpus=0).remote(config.train.workers if config.train.sharded else 1)
     cluster = config.cluster
     trainer = TorchTrainer(
@@ -127,12 +154,13 @@ def trained(config: AlignConfig, prompts: list[str], folder: Path, at: Session, 
         ),
         run_config=RunConfig(
             name=folder.name,
-            storage_path=str(folder.parent),
+            storage_path=kept.storage,
             checkpoint_config=CheckpointConfig(  # beside these it keeps the last one
                 num_to_keep=config.train.keep_checkpoints, checkpoint_score_attribute=config.train.best
             ),
         ),
-        datasets={"rollouts": rollouts(config, prompts, store, at.rewards)},
+        # Where all steps are done nobody reads it.
+        datasets={"rollouts": rollouts(config, prompts, store, at.rewards, min(kept.steps, config.train.steps - 1))},
         # Which rank gets which micro-batch depends on the order alone.
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
     )
@@ -140,18 +168,18 @@ def trained(config: AlignConfig, prompts: list[str], folder: Path, at: Session, 
     running = ray.remote(num_cpus=0, max_retries=0, max_calls=1, scheduling_strategy=on_this_node())(TorchTrainer.fit).remote(
         trainer
     )
-    with progress(config.train.steps, "starting samplers and train workers", "step") as bar:
-        began, told, said = time.monotonic(), False, 0
-        try:
-            while not ray.wait([running], timeout=0.5)[0]:
-                said = look(bar, at.tracker, said)
-                if bar.n == 0 and not told and time.monotonic() - began > PATIENCE:
-                    told = True
-                    bar.write(f"no step yet: {config.reserved()} are needed, free are {ray.available_resources()}", sys.stderr)
-            look(bar, at.tracker, said)
-        except BaseException:
-            ray.cancel(running, force=True)
-            raise
+    began, told, said, first = time.monotonic(), False, 0, bar.n
+    try:
+        while not ray.wait([running], timeout=0.5)[0]:
+            said = look(bar, at.tracker, said)
+            kept.copy()
+            if bar.n == first and not told and time.monotonic() - began > PATIENCE:
+                told = True
+                bar.write(f"no step yet: {config.reserved()} are needed, free are {ray.available_resources()}", sys.stderr)
+        look(bar, at.tracker, said)
+    except BaseException:
+        ray.cancel(running, force=True)
+        raise
     result: Result = ray.get(running)
     return result
 
@@ -171,18 +199,20 @@ def follow(bar: tqdm, newest: tuple[int, dict[str, float]] | None) -> None:
         return
     step, figures = newest
     rewards = {k.removeprefix("reward/"): f"{v:.2f}" for k, v in figures.items() if k.startswith("reward/")}
-    if bar.n == 0:
+    if not bar.desc.startswith("align"):
         bar.set_description("align", refresh=False)
         bar.unpause()  # the time left is counted from the first step on
     bar.set_postfix(rewards, refresh=False)
     bar.update(step + 1 - bar.n)
 
 
-def judged(config: AlignConfig, name: str, at: Session, exported: bytes | Path | None, step: int) -> Pictures:
-    """Evaluate, and log the figures."""
-    total = sum(map(len, pictured(config).values()))
+def judged(config: AlignConfig, name: str, at: Session, exported: bytes | Path | None, step: int, folder: Path) -> Pictures:
+    """Evaluate, keeping pictures and scores in the run's folder, and log the figures."""
+    total, place = sum(map(len, pictured(config).values())), folder / "evaluation" / f"{name}_{step:06d}"
+    for part in ("pictures", "scores"):
+        (place / part).mkdir(parents=True, exist_ok=True)
     with progress(total, f"evaluate {name}", "picture") as bar:
-        pictures = evaluate(config, at.rewards, exported, bar.update)
+        pictures = evaluate(config, at.rewards, exported, bar.update, place)
     averages = scores(pictures)
     figures = {f"eval/{name}/{k}": s.value for k, s in averages.items()}
     figures |= {f"eval/{name}/{k}_error": s.error for k, s in averages.items()}

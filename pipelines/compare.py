@@ -122,7 +122,7 @@ def compare(planned: dict[tuple[str, int], AlignConfig], folder: Path, seeds: in
     quiet_libraries()
 
     first = next(iter(planned.values()))
-    of_base = {(BASE, s): next(c for (_, seed), c in planned.items() if seed == s) for s in range(seeds)}
+    of_base = {(BASE, s): named(next(c for (_, seed), c in planned.items() if seed == s), f"{BASE}-{s}") for s in range(seeds)}
     order = {k: c for s in range(seeds) for k, c in {**of_base, **planned}.items() if k[1] == s}  # whole seeds first
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     done = {key: read(file_of(folder, key), budget_of(config)) for key, config in order.items()}
@@ -138,15 +138,21 @@ def compare(planned: dict[tuple[str, int], AlignConfig], folder: Path, seeds: in
     report(first, [m for m in done.values() if m is not None], folder, seeds)
 
 
+def named(config: AlignConfig, name: str) -> AlignConfig:
+    """The same under another name in MLflow."""
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"run_name": name})})
+
+
 def run(config: AlignConfig, method: str, seed: int, folder: Path, sigmas: Grid) -> Measured:
     """One cell; of the first seed the pictures too."""
     from pipelines.alignment import align, judge_base
+    from pipelines.runs import unfinished
 
-    earlier = len(list(folder.glob(f"runs/{method}-{seed}-*")))  # of attempts that did not finish
-    place, seconds, sampled, differentiated = folder / "runs" / f"{method}-{seed}-{earlier}", 0.0, 0.0, 0.0
+    earlier = list(folder.glob(f"runs/{method}-{seed}-*"))
+    place = unfinished(config, earlier) or folder / "runs" / f"{method}-{seed}-{len(earlier)}"
+    seconds, sampled, differentiated = 0.0, 0.0, 0.0
     if method == BASE:
-        tracking = config.tracking.model_copy(update={"run_name": f"{BASE}-{seed}"})
-        scores = judge_base(config.model_copy(update={"tracking": tracking}), place)
+        scores = judge_base(config, place)
     else:
         outcome = align(config, place)
         scores, seconds = outcome.aligned, statistics.median(outcome.seconds["step"])

@@ -211,17 +211,12 @@ def evaluated(config: AlignConfig, adapter: Path | None, folder: Path, number: i
     """All pictures, sampled and judged on the connected cluster."""
     from flowbp_ray.rollouts.evaluation import evaluate
     from pipelines.report import write
-    from pipelines.session import progress, quiet_streams, remove_rewards, serve_rewards
+    from pipelines.session import progress, quiet_streams, rewarding
 
     quiet_streams()
-    own = f"rewards-{folder.name}"
-    try:
-        rewards = serve_rewards(config, own)
-        with progress(number, "evaluate", "picture") as bar:
-            exported = (adapter / EXPORT_FILE).read_bytes() if adapter else None
-            pictures = evaluate(config, rewards, exported, bar.update, folder)
-    finally:
-        remove_rewards(config, own)
+    with rewarding(config, f"rewards-{folder.name}") as rewards, progress(number, "evaluate", "picture") as bar:
+        exported = (adapter / EXPORT_FILE).read_bytes() if adapter else None
+        pictures = evaluate(config, rewards, exported, bar.update, folder)
     return write(folder, pictures)
 
 

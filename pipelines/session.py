@@ -6,7 +6,10 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +17,16 @@ import ray
 from ray import serve
 from ray.actor import ActorHandle
 from ray.data import DataContext
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from flowbp_ray.config import AlignConfig, ConfigError, dump
+from flowbp_ray.config import AlignConfig, ConfigError
 from flowbp_ray.rollouts.stages import service
 from flowbp_ray.tracking.store import tracking_uri
 from flowbp_ray.tracking.tracker import Tracker
-from serve.rewards import application, description
+from pipelines import runs
+from serve.rewards import OWNERS, application, description
 
 
 def connect(config: AlignConfig) -> None:
@@ -47,6 +52,33 @@ def connect(config: AlignConfig) -> None:
             raise ConfigError(
                 f"the processes of this configuration need {number:g} {kind}s: the cluster has {there.get(kind, 0):g}"
             )
+    check_machines(config)
+
+
+def check_machines(config: AlignConfig) -> None:
+    """ConfigError where a cluster of several machines does not share what a run leaves. A submitted job's driver is on one of
+    them, and which one may be another when the job goes on."""
+    machines = {node["NodeManagerHostname"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    if len(machines) == 1:
+        return
+    uri = tracking_uri(config.tracking.uri)
+    if uri.startswith("sqlite"):
+        raise ConfigError(
+            f"the cluster has {len(machines)} machines, and MLflow's store is {uri}, a file on one of them: start an MLflow "
+            "server, and set tracking.uri or MLFLOW_TRACKING_URI to its address"
+        )
+    config.output.mkdir(parents=True, exist_ok=True)
+    if blind := blind_to(config.output, machines):
+        raise ConfigError(f"{', '.join(blind)} cannot see {config.output}: set output to a folder that all machines share")
+
+
+def blind_to(folder: Path, machines: Mapping[str, str]) -> list[str]:
+    """Which of the machines, given by name and Ray's node id, do not see a file that is written to the folder here."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-") as probe:
+        sees = ray.remote(num_cpus=0)(os.path.exists)
+        at = [NodeAffinitySchedulingStrategy(node, soft=False) for node in machines.values()]
+        seen = ray.get([sees.options(scheduling_strategy=place).remote(probe.name) for place in at])
+    return [name for name, there in zip(machines, seen, strict=True) if not there]
 
 
 @contextlib.contextmanager
@@ -72,6 +104,8 @@ def quiet_streams() -> None:
     """Have Ray Data hand on blocks and errors as they are, and say nothing."""
     data = DataContext.get_current()
     data.enable_progress_bars = False
+    # With one task an actor a pool is in full use at 1.0; above that, which is Ray's default, it would never grow.
+    data.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     data.issue_detectors_config.detectors = []  # advice for whoever writes a pipeline, not for who runs this one
     data.target_max_block_size = None  # a block is a micro-batch, however large
     data.raise_original_map_exception = True  # else what a stage says of bad input is lost among Ray's errors
@@ -79,48 +113,99 @@ def quiet_streams() -> None:
 
 @contextlib.contextmanager
 def session(config: AlignConfig, folder: Path) -> Iterator[Session]:
-    """An MLflow run, the new ``folder`` and the rewards, served. Whatever happens, nothing of it goes on running afterwards."""
+    """An MLflow run, its ``folder`` and the rewards, served: new ones, or those of a run that was not finished.
+
+    Whatever happens, nothing of it goes on running afterwards. ConfigError if the folder's run is another one, or going on.
+    """
     if config.prompts.embeds:
         from flowbp_ray.rollouts import embeds  # with diffusers, which takes seconds
 
         embeds.check(config)
     quiet_streams()
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
-    uri = tracking_uri(config.tracking.uri)
-    tracker = (
-        ray.remote(Tracker)
-        .options(num_cpus=0, scheduling_strategy=on_this_node())
-        .remote(uri, config.tracking.experiment, config.tracking.run_name, config.model_dump(mode="json"))
-    )
-    info: dict[str, str] = ray.get(tracker.info.remote())
-    own, status = f"rewards-{info['run_id'][:8]}", "FAILED"
-    try:
-        print(f"MLflow run {info['run_id']}, files in {folder}")
-        yield Session(tracker, serve_rewards(config, own), info)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        # The quick one first: `ray job stop` leaves three seconds.
-        clean_up("end the MLflow run", lambda: ray.get(tracker.finish.remote(status), timeout=60))
-        remove_rewards(config, own)
+    runs.begin(config, folder)
+    with runs.alone(folder):
+        uri = tracking_uri(config.tracking.uri)
+        tracker = (
+            ray.remote(Tracker)
+            # Its state is in the folder: another one goes on where it was.
+            .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=on_this_node())
+            .remote(uri, config.tracking.experiment, config.tracking.run_name, config.model_dump(mode="json"), folder)
+        )
+        info: dict[str, str] = ray.get(tracker.info.remote())
+        own, ended = f"rewards-{info['run_id'][:8]}", False
+
+        def end(error: BaseException) -> None:
+            nonlocal ended
+            if not ended:
+                ended, status = True, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+                clean_up("end the MLflow run", lambda: ray.get(tracker.finish.remote(status), timeout=60))
+
+        try:
+            print(f"MLflow run {info['run_id']}, files in {folder}")
+            with rewarding(config, own) as rewards:
+                try:
+                    yield Session(tracker, rewards, info)
+                except BaseException as error:
+                    end(error)  # the quick one first: `ray job stop` leaves three seconds
+                    raise
+        except BaseException as error:
+            end(error)
+            raise
+        ray.get(tracker.finish.remote("FINISHED"))
+        runs.finished(folder)
 
 
-def serve_rewards(config: AlignConfig, own: str) -> str:
-    """The name of the application that scores: the running one of the configuration, or a new one of the name ``own``."""
+class Owner:
+    """Dies with the driver, however that ends, and lets its reward application know."""
+
+
+@contextlib.contextmanager
+def rewarding(config: AlignConfig, own: str) -> Iterator[str]:
+    """The name of the application that scores: the running one of the configuration, or a new one of the name ``own``, which is
+    started again whenever it is gone, and removed at the end."""
     if config.reward.application:
         check_application(config, config.reward.application)
-        return config.reward.application
-    serve.run(application(config), name=own, route_prefix=None)
-    return own
-
-
-def remove_rewards(config: AlignConfig, own: str) -> None:
-    """End what `serve_rewards` started."""
-    if not config.reward.application:
+        yield config.reward.application
+        return
+    if own in serve.status().applications:
+        serve.delete(own)  # of a driver that was killed
+    owner = make_owner(own)  # the handle is what keeps it
+    try:
+        serve.run(application(config, own), name=own, route_prefix=None)
+        ended = threading.Event()
+        watch = threading.Thread(target=revive, args=(config, own, ended), daemon=True)
+        watch.start()
+        try:
+            yield own
+        finally:
+            ended.set()
+            watch.join()
+    finally:
         clean_up("remove the reward service", lambda: serve.delete(own))
+        ray.kill(owner)
+
+
+def make_owner(name: str) -> ActorHandle:
+    """The owner of an application; ConfigError if it has one that does not go away, as a killed driver's does in seconds."""
+    for _ in range(60):
+        try:
+            owner = ray.remote(Owner).options(name=name, namespace=OWNERS, num_cpus=0, max_restarts=-1).remote()
+            ray.get(owner.__ray_ready__.remote())
+            return owner
+        except ValueError:
+            time.sleep(0.5)
+    raise ConfigError(f"another driver on this cluster has the application {name}: wait for it or stop it")
+
+
+def revive(config: AlignConfig, own: str, ended: threading.Event) -> None:
+    """Start the reward application again whenever it is gone as a whole; its parts are Ray Serve's business."""
+    while not ended.wait(2):
+        try:
+            if own not in serve.status().applications and not ended.is_set():
+                print(f"the reward application {own} is gone: starting it again", file=sys.stderr)
+                serve.run(application(config, own), name=own, route_prefix=None)
+        except Exception as error:  # Serve's controller may be gone too, for a while: it is asked again
+            logging.getLogger(__name__).debug("the reward application cannot be looked after: %s", error)
 
 
 def check_application(config: AlignConfig, name: str) -> None:
@@ -151,9 +236,21 @@ def on_this_node() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def progress(total: int, what: str, unit: str) -> tqdm:
+def progress(total: int, what: str, unit: str, done: int = 0) -> tqdm:
     """A bar; in a log, where each state of it is a line of its own, it moves twice a minute."""
-    return tqdm(total=total, desc=what, unit=unit, mininterval=0.5 if sys.stderr.isatty() else 30)
+    return tqdm(total=total, desc=what, unit=unit, initial=done, mininterval=0.5 if sys.stderr.isatty() else 30)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether all that went wrong is that a process or machine was lost: what a new attempt may not meet."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    inside = failures or [e for e in (getattr(error, "controller_failure", None), getattr(error, "cause", None)) if e is not None]
+    if not inside and error.__cause__ is not None and type(error).__module__.partition(".")[0] == "ray":
+        inside = [error.__cause__]
+    if inside := [e for e in inside if isinstance(e, BaseException) and e is not error]:
+        return all(map(lost, inside))
+    # Workers whose group has lost one say that a connection of theirs was closed or reset.
+    return (isinstance(error, RayError) and not isinstance(error, RayTaskError)) or "onnection" in str(error)
 
 
 def reason(error: BaseException) -> str:

@@ -5,11 +5,13 @@ through velocities, samplers only sample. One request is one batch. A reward wit
 handle while others score. Whoever deploys this imports this module: model libraries are imported in a replica.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict
 
 import numpy as np
+import ray
 import torch
 from ray import serve
 from ray.serve.config import AutoscalingConfig
@@ -23,6 +25,9 @@ from flowbp_ray.config.schema import Model
 from flowbp_ray.pictures import to_uint8
 from flowbp_ray.rewards.objective import Component, Graded, Part, graded_by, objective
 from flowbp_ray.rollouts.asking import Request, answering
+
+#: The namespace of actors that applications belong to.
+OWNERS = "flowbp_ray"
 
 
 class Scores(TypedDict):
@@ -59,6 +64,20 @@ class RewardModel:
         torch.ones(1, device=self.device).sum().item()
 
 
+class Sent:
+    """The pictures that were sent last: all rewards with processes of their own read one copy."""
+
+    def __init__(self) -> None:
+        self.pictures: Tensor | None = None
+        self.reference: ray.ObjectRef | None = None
+
+    def __call__(self, pictures: Tensor) -> ray.ObjectRef:
+        """Where they are in the object store."""
+        if self.pictures is not pictures or self.reference is None:
+            self.pictures, self.reference = pictures, ray.put(array(pictures))
+        return self.reference
+
+
 @dataclass
 class ServedReward:
     """One reward in a deployment of its own."""
@@ -67,11 +86,12 @@ class ServedReward:
     handle: DeploymentHandle
     weight: float
     clip: float | None
+    sent: Sent
 
     def start(self, pictures: Tensor, prompts: list[str]) -> Callable[[], Graded]:
         """As of all parts."""
         what = f"the reward {self.name!r}"
-        asked = Request(self.handle, "grade", array(pictures), prompts, self.weight, what=what, prompts=prompts)
+        asked = Request(self.handle, "grade", self.sent(pictures), prompts, self.weight, what=what, prompts=prompts)
 
         def answer() -> Graded:
             scores, gradient = asked.result()
@@ -85,25 +105,32 @@ class Rewards:
     """A replica. All samples of a batch are independent, so batches of any size give the same answers."""
 
     def __init__(
-        self, model: Model | None, reward: Reward, threads: int, device: str, served: dict[str, DeploymentHandle]
+        self,
+        model: Model | None,
+        reward: Reward,
+        threads: int,
+        device: str,
+        served: dict[str, DeploymentHandle],
+        owner: str | None = None,
     ) -> None:
         torch.set_num_threads(threads)
-        self.device, self.vae = device, None
+        self.device, self.vae, self.owner = device, None, owner
         if model is not None:
             from flowbp_ray.backbones import family_of
             from flowbp_ray.backbones.backbone import DTYPES
 
             self.family = family_of(model.source, model.revision)
             self.vae = self.family.vae_class.from_pretrained(
-                model.source, subfolder="vae", revision=model.revision, torch_dtype=DTYPES[model.dtype]
+                model.source, subfolder="vae", revision=model.revision, torch_dtype=DTYPES[model.dtype], use_safetensors=True
             )
             self.vae.requires_grad_(False).eval().to(device)
             if reward.decoder == "checkpointed":
                 self.vae.enable_gradient_checkpointing()
             if reward.decoder == "tiled":
                 self.vae.enable_tiling()
+        sent = Sent()
         self.components: list[Component | ServedReward] = [
-            ServedReward(c.name, served[c.name], c.weight, c.clip)
+            ServedReward(c.name, served[c.name], c.weight, c.clip, sent)
             if c.name in served
             else Component(c.name, rewards.load(c).to(device), c.weight, c.clip)
             for c in reward.components
@@ -145,8 +172,15 @@ class Rewards:
         return self.described
 
     def check_health(self) -> None:
-        """Serve replaces a replica whose device no longer computes."""
+        """Serve replaces a replica whose device no longer computes. Without its owner the whole application ends."""
         torch.ones(1, device=self.device).sum().item()
+        if self.owner is not None:
+            try:
+                ray.get_actor(self.owner, OWNERS)
+            except ValueError:
+                # Not from here, since it waits until this replica is done with all that it does.
+                name = serve.get_replica_context().app_name
+                threading.Thread(target=serve.delete, args=(name,), daemon=True).start()
 
     def _scored(self, pictures: Tensor, prompts: list[str]) -> dict[str, np.ndarray]:
         parts: list[Part] = [replace(c, weight=0.0) for c in self.components]
@@ -208,14 +242,17 @@ def device(replicas: Replicas) -> Literal["cuda", "cpu"]:
     return "cuda" if replicas.gpus else "cpu"
 
 
-def composed(model: Model | None, reward: Reward, replicas: Replicas, threads: int) -> serve.Application:
-    """The application that decodes and composes, with the deployments that rewards have of their own."""
+def composed(
+    model: Model | None, reward: Reward, replicas: Replicas, threads: int, owner: str | None = None
+) -> serve.Application:
+    """The application that decodes and composes, with the deployments that rewards have of their own. It ends by itself when
+    there is no actor named ``owner`` in the namespace `OWNERS` any more; None goes on for ever."""
     served = {
         c.name: deployed(RewardModel, f"reward-{c.name}", c.deployment).bind(c, threads, device(c.deployment))
         for c in reward.components
         if c.deployment
     }
-    return deployed(Rewards, "Rewards", replicas).bind(model, reward, threads, device(replicas), served)
+    return deployed(Rewards, "Rewards", replicas).bind(model, reward, threads, device(replicas), served, owner)
 
 
 def here(config: AlignConfig) -> Rewards:
@@ -223,6 +260,6 @@ def here(config: AlignConfig) -> Rewards:
     return Rewards(config.model, config.reward, config.cluster.threads, device(config.cluster.rewards), {})
 
 
-def application(config: AlignConfig) -> serve.Application:
+def application(config: AlignConfig, owner: str | None = None) -> serve.Application:
     """The application of an alignment."""
-    return composed(config.model, config.reward, config.cluster.rewards, config.cluster.threads)
+    return composed(config.model, config.reward, config.cluster.rewards, config.cluster.threads, owner)

@@ -73,7 +73,10 @@ class Backbone(ABC):
         without: Sequence[str] = (),
     ) -> Self:
         """Load a pipeline folder or hub id, without gradients anywhere, and ``without`` these of its parts."""
-        pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtype, revision=revision, **dict.fromkeys(without)).to(device)
+        parts = dict.fromkeys(without)
+        # Without this, a folder that has no safetensors would have its pickles run.
+        pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtype, revision=revision, use_safetensors=True, **parts)
+        pipeline = pipeline.to(device)
         for name in ("transformer", "vae", *cls.text_encoders):
             if (part := getattr(pipeline, name)) is not None:
                 part.requires_grad_(False).eval()

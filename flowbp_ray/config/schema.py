@@ -115,6 +115,11 @@ class AlignConfig(Section):
                 f"model.revision is {self.model.revision!r} but model.path is {self.model.path}, which is on this machine: "
                 "only a Hugging Face id has revisions, so remove one"
             )
+        if self.cluster.max_samplers is not None and train.policy_lag == 0:
+            wrong.append(
+                f"cluster.max_samplers is {self.cluster.max_samplers}, but train.policy_lag is 0: no sampler has work while one "
+                "step is learned from, so the pool is fixed; set it to null, or train.policy_lag to 1"
+            )
         if self.adapter is None and not train.sharded:
             wrong.append("adapter is null, so all weights are trained, and train.sharded is false: set train.sharded to true")
         if self.adapter is None and train.velocity_penalty:

@@ -60,6 +60,9 @@ class Train(Section):
     max_sample_grad_norm: PositiveFloat | None = None
     """A sample's objective gradient at its reward input that is longer is cut to this norm, so that no sample decides a step
     alone; null cuts none."""
+    max_skipped: NonNegativeInt = 3
+    """A step without a finite gradient makes no update, is warned of and kept for a look; more than so many in a row end the
+    run."""
     ema: Decay = 0.995
     """Decay per step of the averaged weights; 0 makes them the raw ones."""
     policy_lag: Literal[0, 1] = 0
@@ -72,6 +75,11 @@ class Train(Section):
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: PositiveInt | None = None
     """How many stay on the disk, the newest or, with ``best``, the best, and beside them always the last one; null keeps all."""
+    storage: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://.+")] | None = None
+    """Where checkpoints are kept, such as s3://bucket/folder: any URI that Ray Train takes; null keeps them in ``output``."""
+    retries: NonNegativeInt = 3
+    """How often training goes on by itself, from its last checkpoint, when a process or machine of it is lost; a new checkpoint
+    starts the count anew."""
     best: Text | None = None
     """The metric by which the best checkpoint is exported, such as reward/judge: its mean over the steps since the checkpoint
     before. null exports the last checkpoint."""
@@ -97,6 +105,9 @@ class Cluster(Section):
 
     samplers: PositiveInt = 1
     """Processes that sample."""
+    max_samplers: PositiveInt | None = None
+    """Up to so many are started while there is room and work for them, and stopped again; null keeps the number. With
+    train.policy_lag 0 the number is fixed."""
     sampler_cpus: NonNegativeFloat = 1.0
     """CPUs for each sampler."""
     sampler_gpus: NonNegativeFloat = 0.0
@@ -128,6 +139,8 @@ class Cluster(Section):
 
     @model_validator(mode="after")
     def _replicas(self) -> Self:
+        if self.max_samplers is not None and self.max_samplers < self.samplers:
+            raise ValueError(f"max_samplers is {self.max_samplers}, below samplers, {self.samplers}: raise it or set it to null")
         if self.reward_max_replicas is not None and self.reward_max_replicas < self.reward_replicas:
             raise ValueError(
                 f"reward_max_replicas is {self.reward_max_replicas}, below reward_replicas, {self.reward_replicas}: raise it or "

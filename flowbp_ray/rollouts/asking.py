@@ -11,12 +11,14 @@ from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from flowbp_ray.errors import DeadRewardError
 
 TRIES = 3
 ANSWER_WITHIN = 600.0  # seconds, for one batch
+BACK_WITHIN = 180.0  # seconds, for an application that is gone as a whole, which whoever runs it may start again
 
 
 class AvoidedError(RuntimeError):
@@ -83,12 +85,23 @@ class Request:
         complete = True
         avoided: list[str] = []
         turns = 0
+        gone_since: float | None = None
         while True:
             try:
                 return self.response.result(timeout_s=self.within)
             except TimeoutError:
                 self.response.cancel()
                 failures.append(f"no answer within {self.within:g} s")
+                complete = False
+            except DeploymentUnavailableError:
+                now = time.monotonic()
+                gone_since = now if gone_since is None else gone_since
+                if now - gone_since > BACK_WITHIN:
+                    failures.append(f"its application is gone, and was not started again within {BACK_WITHIN:g} s")
+                    raise GivenUpError(self._said(failures)) from None
+                time.sleep(1)
+            except RayServeException as error:
+                failures.append(f"no replica takes it: {error}")
                 complete = False
             except RayError as error:  # a replica's own error, or what happened to the replica
                 cause = error.cause if isinstance(error, RayTaskError) else error
@@ -108,8 +121,10 @@ class Request:
                     raise cause from None
             if len(failures) == TRIES:
                 said = "; ".join(dict.fromkeys(failures))
-                if complete:
-                    raise GivenUpError(f"{said} ({TRIES} tries)")
-                some = textwrap.shorten(", ".join(map(repr, self.prompts)), 300, placeholder=" …")
-                raise GivenUpError(f"{self.what} failed {TRIES} times for the prompts {some}: {said}")
+                raise GivenUpError(f"{said} ({TRIES} tries)" if complete else self._said(failures))
             self.response = self.send(avoided)
+
+    def _said(self, failures: list[str]) -> str:
+        some = textwrap.shorten(", ".join(map(repr, self.prompts)), 300, placeholder=" …")
+        times = f"{len(failures)} times" if len(failures) > 1 else "once"
+        return f"{self.what} failed {times} for the prompts {some}: {'; '.join(dict.fromkeys(failures))}"

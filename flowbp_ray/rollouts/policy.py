@@ -25,8 +25,8 @@ class PolicyStore:
 
     async def publish(self, version: int, publisher: int, chunks: list[ObjectRef]) -> None:
         """Add one worker's part of a version, which exists when it has all of them; ValueError if another version is due."""
-        newest = max(self.parts, default=version)
-        if version != newest + 1 and not (version == newest and publisher not in self.parts.get(version, {})):
+        newest = max(self.parts, default=version - 1)
+        if version != newest + 1 and (version not in self.parts or publisher in self.parts[version]):
             raise ValueError(f"policy version {version} of train worker {publisher} cannot follow version {newest}")
         async with self.published:
             self.parts.setdefault(version, {})[publisher] = chunks

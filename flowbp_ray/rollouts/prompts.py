@@ -1,6 +1,7 @@
 """What pictures are asked for: prompts, and what else a prompt file says of each."""
 
 import json
+import textwrap
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,23 @@ from flowbp_ray.config.schema import Prompts
 from flowbp_ray.evaluators import Row
 from flowbp_ray.shapes.captions import evaluation_prompts, training_prompts
 
+LONGEST = 10_000  # characters; text encoders read some hundred words
+
 
 def read_prompts(prompts: Prompts) -> list[str]:
-    """All prompts of a configuration, in order. Errors as `read_rows`'s."""
-    return training_prompts() if prompts.file is None else [row["prompt"] for row in read_rows(prompts.file)]
+    """All prompts to train with, in order. Errors as `read_rows`'s; ValueError too for one that is there twice, since an epoch
+    uses each once."""
+    if prompts.file is None:
+        return training_prompts()
+    found = [row["prompt"] for row in read_rows(prompts.file)]
+    first: dict[str, int] = {}
+    for number, prompt in enumerate(found, 1):
+        if prompt in first:
+            raise ValueError(
+                f"{prompts.file}: prompt {number} is prompt {first[prompt]} again, {textwrap.shorten(prompt, 60)!r}: remove one"
+            )
+        first[prompt] = number
+    return found
 
 
 def pictured(config: AlignConfig, number: int | None = None) -> dict[str, list[Row]]:
@@ -57,7 +71,7 @@ def read_rows(file: Path) -> list[Row]:
         lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
         rows = [_row(file, f"line {n}", _object(file, n, line)) for n, line in lines]
     else:
-        rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
+        rows = [_row(file, f"line {n}", {"prompt": line}) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not rows:
         raise ValueError(f"there are no prompts in {file}")
     return rows
@@ -76,4 +90,8 @@ def _row(file: Path, where: str, entry: Any) -> Row:
     prompt = entry["prompt"]
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{file}, {where}: the prompt is {prompt!r}, not text")
+    if len(prompt) > LONGEST:
+        raise ValueError(
+            f"{file}, {where}: the prompt has {len(prompt):,} characters, and no model reads {LONGEST:,}: shorten it"
+        )
     return entry | {"prompt": prompt.strip()}

@@ -14,22 +14,22 @@ from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.stages import Admission, RewardStage, SamplerStage
 
 
-def rollouts(config: AlignConfig, prompts: Sequence[str], store: ActorHandle, application: str) -> Dataset:
-    """All micro-batches of a run, in order. Set ``preserve_order`` where it is executed."""
+def rollouts(config: AlignConfig, prompts: Sequence[str], store: ActorHandle, application: str, first_step: int = 0) -> Dataset:
+    """All micro-batches of a run from a step on, in order. Set ``preserve_order`` where it is executed."""
     cluster = config.cluster
-    number = config.train.steps * config.train.batch // config.train.micro_batch
-    source = ray.data.from_arrow([pa.table({"number": [n]}) for n in range(number)])
+    parts = config.train.batch // config.train.micro_batch
+    source = ray.data.from_arrow([pa.table({"number": [n]}) for n in range(first_step * parts, config.train.steps * parts)])
     whole = {"batch_size": None, "batch_format": "numpy"}  # a killed actor is restarted and its task repeated, by default
 
-    def pool(size: int) -> ActorPoolStrategy:
-        return ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1)
+    def pool(size: int, most: int | None = None) -> ActorPoolStrategy:
+        return ActorPoolStrategy(min_size=size, max_size=most or size, max_tasks_in_flight_per_actor=1)
 
     return (
         source.map_batches(Admission, fn_constructor_args=(config, store), compute=pool(1), num_cpus=0.01, **whole)
         .map_batches(
             SamplerStage,
             fn_constructor_args=(config, prompts, store),
-            compute=pool(cluster.samplers),
+            compute=pool(cluster.samplers, cluster.max_samplers),
             num_cpus=cluster.sampler_cpus,
             num_gpus=cluster.sampler_gpus,
             **whole,

@@ -64,17 +64,18 @@ class TrackedRun:
         self._points = {(key, p.step) for key in run.data.metrics for p in self._client.get_metric_history(run_id, key)}
         self._pictures = {_pictured(f.path) for f in self._client.list_artifacts(run_id, "images")}
 
-    def metrics(self, values: dict[str, float], step: int) -> None:
-        """Log the values at a step, all or none; a metric that has a point there already keeps it.
+    def metrics(self, values: dict[str, float], step: int, when: int | None = None) -> None:
+        """Log the values at a step, all or none; a metric that has a point there already keeps it. ``when`` they were measured
+        is in milliseconds since 1970, None is now.
 
         ValueError names the metrics that are not finite.
         """
-        if wrong := {k: float(v) for k, v in values.items() if not math.isfinite(v)}:
-            raise ValueError(f"at step {step}, not finite: {', '.join(f'{k} = {v}' for k, v in wrong.items())}")
-        now = time.time_ns() // 1_000_000  # MLflow counts milliseconds
-        points = [Metric(k, float(v), now, step) for k, v in values.items() if (k, step) not in self._points]
-        self._client.log_batch(self.run_id, metrics=points, synchronous=True)
-        self._points |= {(p.key, p.step) for p in points}
+        check_finite(values, step)
+        when = time.time_ns() // 1_000_000 if when is None else when
+        points = [Metric(k, float(v), when, step) for k, v in values.items() if (k, step) not in self._points]
+        if points:
+            self._client.log_batch(self.run_id, metrics=points, synchronous=True)
+            self._points |= {(p.key, p.step) for p in points}
 
     def picture(self, key: str, array: np.ndarray, step: int) -> None:
         """Log a uint8 picture ``(H, W, 3)`` for the MLflow UI's slider; a key that has one at the step keeps it.
@@ -140,6 +141,12 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def check_finite(values: dict[str, float], step: int) -> None:
+    """ValueError names the values that are not finite, which MLflow would keep as something else."""
+    if wrong := {k: float(v) for k, v in values.items() if not math.isfinite(v)}:
+        raise ValueError(f"at step {step}, not finite: {', '.join(f'{k} = {v}' for k, v in wrong.items())}")
 
 
 def flattened(config: dict) -> dict[str, str]:

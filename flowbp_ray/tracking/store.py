@@ -2,6 +2,8 @@
 
 import os
 import re
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 #: MLflow's databases, and its servers.
@@ -23,6 +25,20 @@ def tracking_uri(configured: str | None) -> str:
     if scheme == "sqlite" and not _database(uri).is_absolute():
         raise ValueError(f"{uri!r} depends on the working directory: write sqlite://// and an absolute path")
     return uri
+
+
+def check_server(configured: str | None) -> None:
+    """OSError if the tracking URI is a server's, and that does not answer."""
+    uri = tracking_uri(configured)
+    if _scheme(uri) not in SERVERS:
+        return
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10):
+            return
+    except urllib.error.HTTPError:
+        return  # it answers, if only to those it knows
+    except OSError as error:
+        raise OSError(f"the MLflow server {masked(uri)} does not answer ({error}): start it, or set tracking.uri") from error
 
 
 def masked(text: str) -> str:

@@ -1,24 +1,61 @@
-"""The tracker: the one actor beside the driver that holds the MLflow run, and knows how far the training is."""
+"""The tracker: the one actor beside the driver that holds the MLflow run, and knows how far the training is.
 
+Whatever it is given is in the run's folder before it goes to MLflow, so nothing is lost with this process, or while a server
+does not answer: what MLflow has not got is sent later.
+"""
+
+import json
+import os
 import re
-from collections import defaultdict
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from mlflow import MlflowException
+from PIL import Image
 
-from flowbp_ray.tracking.run import TrackedRun
+from flowbp_ray.files import replace_text
+from flowbp_ray.tracking.run import TrackedRun, check_finite
+
+#: In a run's folder: its MLflow run, all metrics, one JSON object a line, and the pictures of the fixed prompts by version.
+RUN_FILE, METRICS, PREVIEWS, WARNINGS = "mlflow_run_id", "metrics.jsonl", "previews", "warnings.txt"
+
+AGAIN = 30.0  # seconds until a server that did not answer is asked again
+AT_THE_END = 60.0  # seconds that the end of a run waits for it
 
 
 class Tracker:
-    """A `TrackedRun` for processes elsewhere."""
+    """The `TrackedRun` of a folder, for processes elsewhere: a new one, or the one that the folder has."""
 
-    def __init__(self, uri: str, experiment: str, run_name: str | None, config: dict[str, Any]) -> None:
-        self.run = TrackedRun(uri, experiment, run_name, config=config)
+    def __init__(self, uri: str, experiment: str, run_name: str | None, config: dict[str, Any], folder: Path) -> None:
+        # By itself MLflow would hold up training for minutes where a server does not answer.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        self.folder, noted = folder, folder / RUN_FILE
+        known = noted.read_text("utf-8").strip() if noted.exists() else None
+        self.run = TrackedRun(uri, experiment, run_name, config=config, run_id=known)
+        replace_text(noted, f"{self.run.run_id}\n")
         self.newest: tuple[int, dict[str, float]] | None = None
-        self.pictured: dict[int, np.ndarray] = {}
-        self.durations: dict[str, list[float]] = defaultdict(list)
-        self.warned: list[str] = []
+        self.durations: dict[int, dict[str, float]] = {}
+        self.warned = self._lines(WARNINGS)
+        self.waiting: deque[Callable[[], object]] = deque()
+        self.not_before = 0.0
+        for line in self._lines(METRICS):
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # this process ended while it wrote the line: its step is done again
+            self._time(entry["values"], entry["step"])
+            self._later(self.run.metrics, entry["values"], entry["step"], entry["time"])
+        for version in self._versions():
+            self._show(version)
+        for file in sorted(folder.glob("*.txt")):
+            self._later(self.run.text, file.read_text("utf-8"), file.name)
+        self._send()
 
     def info(self) -> dict[str, str]:
         """As `TrackedRun.info`."""
@@ -26,23 +63,27 @@ class Tracker:
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Log a training step's figures."""
-        self.run.metrics(values, step)
+        self.figures(values, step)
+        self._time(values, step)
         self.newest = step, values
-        for key in (k for k in values if k.startswith("seconds/")):
-            self.durations[key.removeprefix("seconds/")].append(values[key])
 
     def figures(self, values: dict[str, float], step: int) -> None:
-        """Log other figures, such as an evaluation's."""
-        self.run.metrics(values, step)
+        """Log other figures, such as an evaluation's. ValueError names those that are not finite."""
+        check_finite(values, step)
+        entry = {"step": step, "time": time.time_ns() // 1_000_000, "values": {k: float(v) for k, v in values.items()}}
+        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        self._later(self.run.metrics, entry["values"], step, entry["time"])
+        self._send()
 
     def progress(self) -> tuple[int, dict[str, float]] | None:
-        """The last training step and its figures; None before the first."""
+        """The last training step that this process was told of, and its figures; None before the first."""
         return self.newest
 
     def warn(self, sentences: list[str]) -> None:
-        """Keep warnings for the driver, who tells a person, and in the MLflow run."""
-        self.warned += sentences
-        self.run.text("\n".join(self.warned) + "\n", "warnings.txt")
+        """Keep warnings for the driver, who tells a person, and in the MLflow run; each once."""
+        self.warned += [s for s in sentences if s not in self.warned]
+        self.text("\n".join(self.warned) + "\n", WARNINGS)
 
     def warnings(self) -> list[str]:
         """All warnings so far."""
@@ -50,31 +91,92 @@ class Tracker:
 
     def tag(self, key: str, value: str) -> None:
         """As `TrackedRun.tag`."""
-        self.run.tag(key, value)
+        self._later(self.run.tag, key, value)
+        self._send()
 
     def seconds(self) -> dict[str, list[float]]:
         """What the steps took so far, by stage."""
-        return dict(self.durations)
+        steps = [self.durations[step] for step in sorted(self.durations)]
+        return {stage: [taken[stage] for taken in steps] for stage in (steps[0] if steps else {})}
 
     def previews(self, prompts: list[str], pictures: np.ndarray, version: int) -> None:
-        """Log the pictures uint8 ``(B, H, W, 3)`` of the fixed prompts; the first and the last ones are kept here too."""
+        """Keep and log the pictures uint8 ``(B, H, W, 3)`` of the fixed prompts."""
+        final = self._previews(version)
+        unfinished = final.with_name(f".{final.name}")
+        for folder in (unfinished, final):
+            shutil.rmtree(folder, ignore_errors=True)
+        unfinished.mkdir(parents=True)
         for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
-            self.run.picture(f"preview/{number:02d} {re.sub(r'[^A-Za-z0-9 _-]', '', prompt)[:60].strip()}", picture, version)
-        first = min(self.pictured, default=version)
-        self.pictured = {k: v for k, v in self.pictured.items() if k == first} | {version: pictures}
+            Image.fromarray(picture).save(unfinished / f"{number:02d} {re.sub(r'[^A-Za-z0-9 _-]', '', prompt)[:60].strip()}.png")
+        unfinished.replace(final)
+        self._show(version)
+        self._send()
 
     def first_and_last(self) -> tuple[np.ndarray, np.ndarray] | None:
         """The first and the last previews, if there were any."""
-        return (self.pictured[min(self.pictured)], self.pictured[max(self.pictured)]) if self.pictured else None
+        if not (versions := self._versions()):
+            return None
+        first, last = (np.stack([p for _, p in self._pictures(v)]) for v in (versions[0], versions[-1]))
+        return first, last
 
     def text(self, text: str, artifact_file: str) -> None:
-        """As `TrackedRun.text`."""
-        self.run.text(text, artifact_file)
+        """Keep a text, in place of an earlier one of the name, in the folder and as `TrackedRun.text`."""
+        replace_text(self.folder / artifact_file, text)
+        self._later(self.run.text, text, artifact_file)
+        self._send()
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """As `TrackedRun.artifact`."""
-        self.run.artifact(path, folder)
+        self._later(self.run.artifact, path, folder)
+        self._send()
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """As `TrackedRun.finish`."""
-        self.run.finish(status)
+        """End the run. RuntimeError if MLflow has still not got all of it; it is kept."""
+        until, self.not_before = time.monotonic() + AT_THE_END, 0.0
+        self._later(self.run.finish, status)
+        while self._send() and status == "FINISHED" and time.monotonic() < until:
+            time.sleep(1)
+            self.not_before = 0.0
+        if self.waiting:
+            raise RuntimeError(
+                f"MLflow at {self.run.info()['page']} does not answer, so {len(self.waiting)} entries are in {self.folder} alone:"
+                " the same command sends them"
+            )
+
+    def _later(self, send: Callable[..., object], *arguments: Any) -> None:
+        self.waiting.append(lambda: send(*arguments))
+
+    def _send(self) -> int:
+        """Send what waits, in order, as far as MLflow takes it; how much waits still."""
+        while self.waiting and time.monotonic() >= self.not_before:
+            try:
+                self.waiting[0]()
+            except (MlflowException, OSError) as error:
+                self.not_before = time.monotonic() + AGAIN
+                said = f"MLflow takes nothing at the moment; training goes on, and what it is owed is sent later: {error}"
+                self.warned += [s for s in [said.splitlines()[0][:300]] if s not in self.warned]
+                break
+            self.waiting.popleft()
+        return len(self.waiting)
+
+    def _lines(self, name: str) -> list[str]:
+        file = self.folder / name
+        return file.read_text("utf-8").splitlines() if file.exists() else []
+
+    def _time(self, values: dict[str, float], step: int) -> None:
+        taken = {k.removeprefix("seconds/"): v for k, v in values.items() if k.startswith("seconds/")}
+        if taken:
+            self.durations[step] = taken
+
+    def _previews(self, version: int) -> Path:
+        return self.folder / PREVIEWS / f"{version:06d}"
+
+    def _versions(self) -> list[int]:
+        return sorted(int(f.name) for f in (self.folder / PREVIEWS).glob("[0-9]*"))
+
+    def _pictures(self, version: int) -> list[tuple[str, np.ndarray]]:
+        return [(f.stem, np.asarray(Image.open(f))) for f in sorted(self._previews(version).iterdir())]
+
+    def _show(self, version: int) -> None:
+        for name, picture in self._pictures(version):
+            self._later(self.run.picture, f"preview/{name}", picture, version)

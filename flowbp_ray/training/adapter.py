@@ -6,20 +6,18 @@ that does not fit, and an export without its alpha are errors or cannot happen.
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flowbp_ray.backbones.backbone import Backbone
 from flowbp_ray.config import AlignConfig
+from flowbp_ray.config.models import adapter_file, check_start
 from flowbp_ray.config.surrogates import Surrogate
 from flowbp_ray.randomness import seed_of
 from flowbp_ray.rollouts.embeds import backbone_of
@@ -57,7 +55,7 @@ def trainable(config: AlignConfig, device: str) -> Backbone:
 def adapted(config: AlignConfig, device: str) -> Backbone:
     """The model of a configuration with its trainable adapter: fresh, or the one to start from (with the configured alpha).
 
-    Errors as `check_start` and `load_export` have them.
+    Errors as `config.models.check_start` and `load_export` have them.
     """
     check_start(config)
     backbone = backbone_of(config, device)
@@ -71,37 +69,6 @@ def adapted(config: AlignConfig, device: str) -> Backbone:
         return backbone
     load_export(backbone, adapter.init_from, alpha=adapter.alpha)
     return backbone
-
-
-def check_start(config: AlignConfig) -> None:
-    """Whether training can start from ``adapter.init_from``, if that is set: reads no tensors, needs no model.
-
-    FileNotFoundError if there is no adapter; ValueError if it cannot be read, or its rank and alpha are not the configured
-    ones. The alpha is that before the export's strength, which ``adapter.json`` tells; an adapter of others has none.
-    """
-    adapter = config.adapter
-    if adapter is None or adapter.init_from is None:
-        return
-    file, note = _file(adapter.init_from), adapter.init_from / NOTE_FILE
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = json.loads((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-            ranks = {opened.get_slice(k).get_shape()[0] for k in opened.keys() if "lora_A" in k}  # noqa: SIM118 - no dict
-        strength = json.loads(note.read_text(encoding="utf-8"))["strength"] if note.exists() else 1.0
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"the adapter in {adapter.init_from} cannot be read: {error}") from error
-    if len(ranks) != 1 or metadata.get("transformer.alpha_pattern"):
-        raise ValueError(
-            f"the adapter in {adapter.init_from} has no one rank and alpha for all its modules (ranks {sorted(ranks)}): "
-            "start from one that has"
-        )
-    (rank,) = ranks
-    alpha = metadata.get("transformer.lora_alpha", rank) / strength  # as diffusers takes it where a file does not tell
-    for name, its, configured in (("rank", rank, adapter.rank), ("alpha", alpha, adapter.alpha)):
-        if not math.isclose(its, configured):
-            raise ValueError(
-                f"the adapter in {adapter.init_from} has {name} {its:g}: set adapter.{name}, which is {configured}, to that"
-            )
 
 
 def add_adapter(backbone: Backbone, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> list[str]:
@@ -220,7 +187,7 @@ def load_export(backbone: Backbone, folder: Path, *, alpha: float | None = None)
     ValueError if it binds nothing, or only in part, which diffusers at most logs.
     """
     pipeline, transformer = backbone.pipeline, backbone.transformer
-    given, metadata = pipeline.lora_state_dict(folder, weight_name=_file(folder).name, return_lora_metadata=True)
+    given, metadata = pipeline.lora_state_dict(folder, weight_name=adapter_file(folder).name, return_lora_metadata=True)
     if alpha is not None and metadata is not None:
         metadata["transformer.lora_alpha"] = alpha
     # All that load_lora_weights would do to the transformer, but that one takes no metadata.
@@ -237,9 +204,3 @@ def load_export(backbone: Backbone, folder: Path, *, alpha: float | None = None)
         )
     _only_it_trains(transformer)
     return read(transformer)
-
-
-def _file(folder: Path) -> Path:
-    if not (folder / EXPORT_FILE).exists():
-        raise FileNotFoundError(f"no adapter in {folder}: it has no {EXPORT_FILE}")
-    return folder / EXPORT_FILE

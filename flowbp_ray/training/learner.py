@@ -1,12 +1,13 @@
 """The learner: what one train worker does with micro-batches, without knowing where they come from."""
 
-import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import AdamW
 
@@ -15,7 +16,8 @@ from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.batches import Block, Chunk, policy_version
 from flowbp_ray.rollouts.plans import grid_of, plan_of
 from flowbp_ray.surrogate.plan import Plan
-from flowbp_ray.training import adapter, full
+from flowbp_ray.training import adapter, checkpoints, full
+from flowbp_ray.training.checkpoints import Policies, Progress
 from flowbp_ray.training.update import accumulate
 from flowbp_ray.training.weights import AddUp, ShardedWeights, State, Weights, shard
 
@@ -47,9 +49,24 @@ class Learner:
             weight_decay=train.weight_decay,
         )
         self.averaged = self.weights.read()
-        self.version = 0
+        self.progress = Progress()
         self.parts = 0  # micro-batches of this step so far
         self.guidance = adapter.guidance_of(config.sampling.guidance_scale, config.surrogate, self.backbone)
+
+    @property
+    def version(self) -> int:
+        """What is held: the number of steps so far."""
+        return self.progress.version
+
+    @property
+    def publishers(self) -> int:
+        """How many workers have a part of the trained weights, and of a checkpoint, that is theirs."""
+        return self.config.train.workers if self.config.train.sharded else 1
+
+    @property
+    def publishes(self) -> bool:
+        """Whether this one is of those."""
+        return self.rank < self.publishers
 
     @property
     def plan(self) -> Plan:
@@ -58,7 +75,7 @@ class Learner:
 
     def policy(self) -> Iterator[Chunk]:
         """What samplers load of the raw weights from this worker: a shard, or, from the first worker, all."""
-        if self.config.train.sharded or self.rank == 0:
+        if self.publishes:
             yield from self.weights.chunks(torch.float32 if self.config.adapter else DTYPES[self.config.model.dtype])
 
     def accumulate(self, block: Block) -> None:
@@ -103,14 +120,18 @@ class Learner:
     def update(self, add_up: AddUp | None = None) -> float:
         """One step of AdamW and of the average; returns the gradient's norm before it is cut.
 
-        ``add_up`` replaces a tensor in place by its sum over all train workers. FloatingPointError where the gradient is not
-        finite; no update is made then.
+        ``add_up`` replaces a tensor in place by its sum over all train workers. Where the norm is not finite all stays as it is,
+        and the step is counted as skipped.
         """
-        norm = self.weights.finish(self.config.train.max_grad_norm, add_up)
-        self.optimizer.step()
+        norm, progress = self.weights.finish(self.config.train.max_grad_norm, add_up), self.progress
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self.weights.average(self.averaged, self.config.train.ema)
+            progress.skipped_in_a_row = 0
+        else:
+            progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, progress.skipped_in_a_row + 1
         self.optimizer.zero_grad(set_to_none=True)
-        self.weights.average(self.averaged, self.config.train.ema)
-        self.version, self.parts = self.version + 1, 0
+        progress.version, self.parts = progress.version + 1, 0
         return norm
 
     def evaluated(self) -> State:
@@ -137,9 +158,9 @@ class Learner:
                 if self.config.adapter:
                     self.backbone.transformer.set_adapters("default", 1.0)
 
-    def save(self, folder: Path) -> None:
-        """This worker's part of a checkpoint: what is exported, as diffusers loads it, is the first worker's; raw and averaged
-        weights and the optimizer are every worker's that has some of its own."""
+    def save(self, folder: Path, policies: Policies) -> None:
+        """This worker's part of a checkpoint: what is exported, as diffusers loads it, is the first worker's; all else is every
+        worker's that has some of its own. ``policies`` are the versions in use that this worker published."""
         folder.mkdir(exist_ok=True)
         with self.weights.replaced(self.evaluated()):
             if self.config.adapter:
@@ -149,14 +170,49 @@ class Learner:
                     adapter.export(self.backbone, state, folder, weights=which, strength=strength)
             else:
                 full.save(self.backbone.transformer, folder / full.TRANSFORMER, DTYPES[self.config.model.dtype], self.rank)
-        if self.rank != 0 and not self.config.train.sharded:
-            return
-        parts = {"raw": self.weights.read(), "ema": self.averaged}
-        states = {f"{which}.{k}": v.cpu() for which, state in parts.items() for k, v in state.items()}
-        save_file(states, folder / f"state_{self.rank}.safetensors")
-        torch.save(self.optimizer.state_dict(), folder / f"optimizer_{self.rank}.pt")
-        if self.rank == 0:
-            (folder / "state.json").write_text(json.dumps({"version": self.version}) + "\n")
+        if self.publishes:
+            checkpoints.write(folder, self.rank, self.publishers, self._state(), policies, self.progress)
+
+    def restore(self, folder: Path) -> Policies:
+        """Go on where the learner was that saved a checkpoint, or several of them together, sharded or not; returns what is to
+        be published again. CheckpointError if the checkpoint is not whole, or not this model's."""
+        self.progress, parts = checkpoints.check(folder)
+        if updates := self.progress.version - self.progress.skipped:
+            moments = [
+                {"step": torch.tensor(float(updates)), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                for p in self.weights.parameters.values()
+            ]
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": dict(enumerate(moments)), "param_groups": groups})
+        checkpoints.read(folder, parts, self._state())
+        return checkpoints.read_policies(folder, parts, self.rank, self.publishers) if self.publishes else {}
+
+    def dump(self, folder: Path, blocks: Sequence[Block]) -> None:
+        """Keep what this worker had in a step that was skipped just now: `restore` takes the folder, `accumulate` the
+        ``blocks`` in it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.publishes:
+            progress = self.progress
+            before = replace(
+                progress,
+                version=progress.version - 1,
+                skipped=progress.skipped - 1,
+                skipped_in_a_row=progress.skipped_in_a_row - 1,
+            )
+            checkpoints.write(folder, self.rank, self.publishers, self._state(), {}, before)
+        for number, block in enumerate(blocks):
+            plain = {k: v.astype(str) if v.dtype == object else v for k, v in block.items()}
+            np.savez(folder / f"blocks_{self.rank}_{number}.npz", allow_pickle=False, **plain)
+
+    def _state(self) -> checkpoints.State:
+        """All tensors that change in training, as they are, by names that are the same however they are shared out."""
+        state: dict[str, checkpoints.Part] = {}
+        for name, parameter in self.weights.parameters.items():
+            parts = {"raw": parameter, "ema": self.averaged[name]}
+            if moments := self.optimizer.state.get(parameter):
+                parts |= {k: moments[k] for k in ("exp_avg", "exp_avg_sq")}
+            state |= {f"{which}.{name}": checkpoints.Part.of(parameter, tensor) for which, tensor in parts.items()}
+        return state
 
     def _tensor(self, block: Block, column: str) -> Tensor:
         return torch.tensor(block[column], device=self.backbone.device)

@@ -108,10 +108,8 @@ class Weights:
             parameter.grad = None
 
     def finish(self, limit: float, add_up: AddUp | None) -> float:
-        """Put the whole step's gradient, cut to the norm ``limit``, where the optimizer takes it; returns the norm before.
-
-        FloatingPointError where it is not finite.
-        """
+        """Put the whole step's gradient, cut to the norm ``limit``, where the optimizer takes it; returns the norm before, and
+        where that is not finite there is nothing to take."""
         if add_up is not None:
             add_up(self.gradient)
         flat = self.gradient.float()
@@ -164,8 +162,7 @@ class ShardedWeights(Weights):
 def clip_by_norm(gradients: list[Tensor], limit: float, add_up: AddUp | None = None) -> float:
     """Scale the gradients in place so that their joint norm is at most ``limit``; returns the norm before.
 
-    With ``add_up`` they are one worker's part. FloatingPointError where the norm is not finite: such an update must not be
-    made.
+    With ``add_up`` they are one worker's part.
     """
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
     if add_up is not None:
@@ -173,9 +170,7 @@ def clip_by_norm(gradients: list[Tensor], limit: float, add_up: AddUp | None = N
         add_up(squares)
         norm = squares.sqrt()
     found = norm.item()
-    if not math.isfinite(found):
-        raise FloatingPointError("the gradient is not finite: no update was made")
-    if found > limit:
+    if math.isfinite(found) and found > limit:
         for gradient in gradients:
             gradient.mul_(limit / found)
     return found

@@ -3,10 +3,12 @@
 Driver and controller import this module too, so the learner, with diffusers, is imported where it is made.
 """
 
+import math
 import platform
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,19 +17,22 @@ import numpy as np
 import ray
 import torch
 import torch.distributed as dist
-from ray import train
+from ray import ObjectRef, train
 from ray.actor import ActorHandle
 from torch import Tensor
 
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.asking import Request
-from flowbp_ray.rollouts.batches import Block, MicroBatch, policy_version
+from flowbp_ray.rollouts.batches import Block, Chunk, MicroBatch, policy_version
 from flowbp_ray.rollouts.plans import plan_of
 from flowbp_ray.rollouts.stages import REWARDS, service
 from flowbp_ray.training.watch import CollapseWatch, diversity
 
 if TYPE_CHECKING:
     from flowbp_ray.training.learner import Learner
+
+#: The chunks of the policy versions that may be asked for, as far as this worker published them.
+Published = dict[int, list[ObjectRef]]
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,12 @@ class Job:
 
 
 def train_loop(job: Job) -> str | None:
-    """Do all steps of a run, or those until its watch stops it: why it did, on rank 0. RuntimeError if a micro-batch reaches
-    another rank than its own, or another step, or if the run's folder is not to be seen from here."""
+    """Do all steps of a run that are still to be done, or those until its watch stops it: why it did, on rank 0.
+
+    It goes on from the newest checkpoint that Ray Train has of the run. RuntimeError if a micro-batch reaches another rank than
+    its own, or another step, or if the run's folder is not to be seen from here; FloatingPointError where too many steps in a
+    row have no finite gradient.
+    """
     from flowbp_ray.training.learner import Learner
 
     config, rank = job.config, train.get_context().get_world_rank()
@@ -55,24 +64,37 @@ def train_loop(job: Job) -> str | None:
             "set output to a folder that all machines of the cluster share"
         )
     learner = Learner(config, rank)
-    publish(job, learner)
-    if rank == 0:
-        plans = (f"step {step}: {plan_of(config, learner.sigmas, step).table()}" for step in range(config.train.steps))
-        ray.get(job.tracker.text.remote("\n\n".join(plans), "plans.txt"))
-        named = (f"{name} {tuple(p.shape)}" for name, p in learner.weights.parameters.items())
-        ray.get(job.tracker.text.remote("\n".join(named), "trained_parameters.txt"))
-    watch = CollapseWatch(config.watch, [f"reward/{c.name}" for c in config.reward.components if c.weight == 0])
-    watch.see(show(job, learner), -1)
+    published: Published = {}
+    if (newest := train.get_checkpoint()) is None:
+        publish(job, learner, published)
+        if rank == 0:
+            plans = (f"step {step}: {plan_of(config, learner.sigmas, step).table()}" for step in range(config.train.steps))
+            ray.get(job.tracker.text.remote("\n\n".join(plans), "plans.txt"))
+            named = (f"{name} {tuple(p.shape)}" for name, p in learner.weights.parameters.items())
+            ray.get(job.tracker.text.remote("\n".join(named), "trained_parameters.txt"))
+    else:
+        with newest.as_directory() as folder:
+            earlier = learner.restore(Path(folder))
+        if learner.progress.stopped or learner.version >= config.train.steps:
+            return learner.progress.stopped
+        for version in range(policy_version(config, learner.version), learner.version):
+            hand_out(job, learner, published, version, earlier.get(version, []))
+        publish(job, learner, published)
+    progress = learner.progress
+    held_out = [f"reward/{c.name}" for c in config.reward.components if c.weight == 0]
+    watch = CollapseWatch(config.watch, held_out, progress.watch)
+    progress.watch = watch.state
+    if learner.version == 0:
+        watch.see(show(job, learner), -1)
     shard = train.get_dataset_shard("rollouts")
     blocks = iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
     parts = config.train.batch // config.train.micro_batch // config.train.workers
     logged = None
-    stopped = None
     since: dict[str, list[float]] = defaultdict(list)  # the last checkpoint: what it is judged by, on rank 0
-    for step in range(config.train.steps):
+    for step in range(learner.version, config.train.steps):
         began, sums, seconds = time.perf_counter(), torch.zeros(0), {"waiting": 0.0, "update": 0.0}
         names: list[str] = []
-        plan = learner.plan
+        plan, taken = learner.plan, list[Block]()
         for part in range(parts):
             asked = time.perf_counter()
             block = next(blocks, None)
@@ -87,13 +109,16 @@ def train_loop(job: Job) -> str | None:
                 raise RuntimeError(f"rank {rank} was given samples {block['sample'].tolist()} of step {step}, not {own.samples}")
             started = time.perf_counter()
             learner.accumulate(block)
+            taken.append(block)
             seconds["update"] += time.perf_counter() - started
             names, values = totals(block)
             sums = values if part == 0 else sums + values
         started = time.perf_counter()
         norm = learner.update(add_up if config.train.workers > 1 else None)
         seconds["update"] += time.perf_counter() - started
-        pushed, seconds["publishing"] = publish(job, learner)
+        if progress.skipped_in_a_row:
+            skipped(job, learner, step, taken)
+        pushed, seconds["publishing"] = publish(job, learner, published)
         names, sums = [*names, "policy_bytes"], torch.cat([sums, torch.tensor([pushed])])
         if config.train.workers > 1:
             sums = sums.to(learner.backbone.device)  # on GPUs, Ray Train's process group adds up what is there alone
@@ -105,10 +130,11 @@ def train_loop(job: Job) -> str | None:
             figures = dict(zip(names, sums.tolist(), strict=True))
             seconds |= {stage: figures.pop(f"{stage}_seconds") for stage in ("loading", "sampling", "reward")}
             metrics = {"policy_bytes": figures.pop("policy_bytes")} | {k: v / config.train.batch for k, v in figures.items()}
-            metrics |= {"grad_norm": norm, "policy_version": policy_version(config, step)}
+            metrics |= {"grad_norm": norm} if math.isfinite(norm) else {}
+            metrics |= {"policy_version": policy_version(config, step), "skipped_updates": progress.skipped}
             metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
             metrics |= {f"active/{k}": a.index for k, a in enumerate(plan.active)}
-            logged = job.tracker.metrics.remote(metrics, step)  # waited for in the next step
+            logged = job.tracker.metrics.remote(metrics, step)  # waited for in the next step, or before a checkpoint
             for metric in ("objective", *(k for k in metrics if k.startswith("reward/"))):
                 since[metric].append(metrics[metric])
         ends = learner.version == config.train.steps
@@ -120,15 +146,16 @@ def train_loop(job: Job) -> str | None:
         stops = not ends and config.watch.stop and agreed(bool(warnings), learner)
         if stops and not shows:
             show(job, learner)
+        if stops:
+            progress.stopped = next(iter(warnings), None)
         if ends or stops or learner.version % config.train.checkpoint_every == 0:
-            checkpoint(learner, {metric: float(np.mean(values)) for metric, values in since.items()})
+            if logged is not None:
+                ray.get(logged)  # a step that is not done again has its point
+            checkpoint(learner, published, {metric: float(np.mean(values)) for metric, values in since.items()})
             since.clear()
         if stops:
-            stopped = next(iter(warnings), None)
             break  # with all ranks' iterators gone, Ray Data ends its stages, those that wait for the next policy version too
-    if logged is not None:
-        ray.get(logged)
-    return stopped
+    return progress.stopped
 
 
 def totals(block: Block) -> tuple[list[str], Tensor]:
@@ -173,28 +200,57 @@ def show(job: Job, learner: "Learner") -> dict[str, float]:
     return measured
 
 
-def publish(job: Job, learner: "Learner") -> tuple[int, float]:
+def publish(job: Job, learner: "Learner", published: Published) -> tuple[int, float]:
     """Put this worker's part of the newest policy version into the object store; its bytes and seconds.
 
     What no sampler will ask for any more goes first, so that at lag 0 there is one version, and not two, at any time.
     """
-    began = time.perf_counter()
-    ray.get(job.store.retire.remote(learner.version - job.config.train.policy_lag))
-    chunks, pushed = [], 0
-    for chunk in learner.policy():
-        pushed += chunk.bytes
-        chunks.append(ray.put(chunk))
-    if chunks:
-        ray.get(job.store.publish.remote(learner.version, learner.rank, chunks))
+    began, oldest = time.perf_counter(), learner.version - job.config.train.policy_lag
+    ray.get(job.store.retire.remote(oldest))
+    for version in [v for v in published if v < oldest]:
+        del published[version]
+    pushed = hand_out(job, learner, published, learner.version, learner.policy())
     return pushed, time.perf_counter() - began
 
 
-def checkpoint(learner: "Learner", means: dict[str, float]) -> None:
+def hand_out(job: Job, learner: "Learner", published: Published, version: int, chunks: Iterable[Chunk]) -> int:
+    """Publish a version's chunks, if this worker has a part of it; their bytes."""
+    pushed, references = 0, []
+    for chunk in chunks:
+        pushed += chunk.bytes
+        references.append(ray.put(chunk))
+    if learner.publishes:
+        published[version] = references
+        ray.get(job.store.publish.remote(version, learner.rank, references))
+    return pushed
+
+
+def skipped(job: Job, learner: "Learner", step: int, blocks: list[Block]) -> None:
+    """Warn of a step without a finite gradient, the first time in a row with all that is needed to repeat it on the disk.
+
+    FloatingPointError where there are too many in a row.
+    """
+    row, most = learner.progress.skipped_in_a_row, job.config.train.max_skipped
+    folder = job.folder / f"not_finite_{step + 1 - row:06d}"
+    if row == 1:
+        learner.dump(folder, blocks)
+    what = f"the gradient of step {step} is not finite, so no update was made ({row} in a row; what it was is in {folder})"
+    if learner.rank == 0:
+        ray.get(job.tracker.warn.remote([f"after step {step}: {what}"]))
+    if row > most:
+        raise FloatingPointError(
+            f"{what}: train.max_skipped allows {most} in a row; lower train.learning_rate, or compute in float32 (model.dtype)"
+        )
+
+
+def checkpoint(learner: "Learner", published: Published, means: dict[str, float]) -> None:
     """Report a checkpoint to Ray Train, which keeps it and judges it by rank 0's ``means``; every rank has to call this, those
     with files give them."""
     metrics = {"version": learner.version} | means
+    asked_for = range(policy_version(learner.config, learner.version), learner.version)
+    policies = {version: ray.get(published[version]) for version in asked_for if version in published}
     with tempfile.TemporaryDirectory() as folder:
-        learner.save(Path(folder))
+        learner.save(Path(folder), policies)
         given = train.Checkpoint.from_directory(folder) if any(Path(folder).iterdir()) else None
         train.report(metrics, checkpoint=given, checkpoint_dir_name=name(learner.version))
 

@@ -55,3 +55,18 @@ def test_a_version_that_is_not_the_next_is_refused():
                 await store.publish(version, 0, [])
 
     asyncio.run(run())
+
+
+def test_workers_that_go_on_publish_the_versions_in_use_one_after_the_other():
+    """None waits for the others."""
+
+    async def run():
+        store = PolicyStore(publishers=2)
+        for publisher in (1, 0):
+            for version in (7, 8):
+                await store.publish(version, publisher, [f"chunk {version} {publisher}"])
+        assert await store.fetch(7) == ["chunk 7 1", "chunk 7 0"]
+        with pytest.raises(ValueError, match="policy version 7 of train worker 0 cannot follow version 8"):
+            await store.publish(7, 0, [])
+
+    asyncio.run(run())

@@ -47,6 +47,13 @@ def test_a_file_without_prompts_is_refused(tmp_path):
         read(tmp_path / "p.txt", "\n \n")
 
 
+def test_a_prompt_that_is_there_twice_or_too_long_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"p\.txt: prompt 3 is prompt 1 again, 'a cat': remove one"):
+        read(tmp_path / "p.txt", "a cat\na dog\n a cat\n")
+    with pytest.raises(ValueError, match=r"p\.txt, line 2: the prompt has 100,000 characters, and no model reads 10,000"):
+        read(tmp_path / "p.txt", "a cat\n" + 100_000 * "a" + "\n")
+
+
 def test_a_json_file_has_a_list_of_prompts_or_of_objects(tmp_path):
     assert read(tmp_path / "p.json", '["a cat", {"prompt": " a dog ", "id": 3}]') == ["a cat", "a dog"]
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from flowbp_ray.backbones.sd3 import SD3Backbone
 from flowbp_ray.config import load
+from flowbp_ray.config.models import check_start
 from flowbp_ray.training import EXPORT_FILE, adapter
 
 SPARSE = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
@@ -162,7 +163,7 @@ def test_a_start_with_another_rank_or_alpha_says_what_to_set(backbone, tiny_pipe
     adapter.add_adapter(backbone, **LORA, seed=0)
     adapter.export(backbone, adapter.read(backbone.transformer), tmp_path, weights="raw", strength=0.5)
     settings = [f"model.path={tiny_pipeline}", "adapter.rank=4", "adapter.alpha=12", f"adapter.init_from={tmp_path}"]
-    adapter.check_start(load(SPARSE, settings))
+    check_start(load(SPARSE, settings))
     with pytest.raises(ValueError, match=re.escape(f"the adapter in {tmp_path} {sentence}")):
         adapter.adapted(load(SPARSE, [*settings, *overrides]), "cpu")
 
@@ -170,10 +171,10 @@ def test_a_start_with_another_rank_or_alpha_says_what_to_set(backbone, tiny_pipe
 def test_a_file_that_is_no_adapter_or_no_single_one_is_no_start(tmp_path):
     config = load(SPARSE, [f"adapter.init_from={tmp_path}"])
     with pytest.raises(FileNotFoundError, match="no adapter in"):
-        adapter.check_start(config)
+        check_start(config)
     (tmp_path / EXPORT_FILE).write_bytes(b"not at all")
-    with pytest.raises(ValueError, match="cannot be read: "):
-        adapter.check_start(config)
+    with pytest.raises(ValueError, match="is no safetensors file, or cut short"):
+        check_start(config)
     save_file({f"transformer.{r}.lora_A.weight": torch.zeros(r, 4) for r in (2, 4)}, tmp_path / EXPORT_FILE)
     with pytest.raises(ValueError, match=r"has no one rank and alpha for all its modules \(ranks \[2, 4\]\)"):
-        adapter.check_start(config)
+        check_start(config)

@@ -151,22 +151,36 @@ def test_samples_of_another_step_are_refused(tiny_pipeline):
     config = configured(tiny_pipeline)
     learner = Learner(config)
     block = block_of(config, learner)
-    learner.version = 1
+    learner.progress.version = 1
     with pytest.raises(RuntimeError, match=r"step 1 was given samples of step \[0\] and policy version \[0\], not 1"):
         learner.accumulate(block)
 
 
-def test_a_gradient_that_is_not_finite_makes_no_update(tiny_pipeline):
-    config = configured(tiny_pipeline)
+def test_a_gradient_that_is_not_finite_makes_no_update_and_can_be_looked_at(tiny_pipeline, tmp_path):
+    config = configured(tiny_pipeline, "train.learning_rate=0.05")
     learner = Learner(config)
+    learner.accumulate(block_of(config, learner))
+    learner.update()
     block = block_of(config, learner)
     block["gradients"][0, 0, 0, 0, 0] = np.inf
-    before = adapter.checksum(adapter.read(learner.backbone.transformer))
+    before, averaged = adapter.checksum(learner.weights.read()), adapter.checksum(learner.averaged)
     learner.accumulate(block)
-    with pytest.raises(FloatingPointError, match="not finite"):
-        learner.update()
-    assert adapter.checksum(adapter.read(learner.backbone.transformer)) == before
-    assert learner.version == 0
+    assert not np.isfinite(learner.update())
+    assert (adapter.checksum(learner.weights.read()), adapter.checksum(learner.averaged)) == (before, averaged)
+    assert (learner.version, learner.progress.skipped, learner.progress.skipped_in_a_row) == (2, 1, 1)
+    learner.dump(tmp_path, [block])
+
+    again = Learner(config)
+    again.restore(tmp_path)
+    with np.load(tmp_path / "blocks_0_0.npz", allow_pickle=False) as kept:
+        again.accumulate(dict(kept))
+    assert not np.isfinite(again.update())
+    assert again.progress == learner.progress
+    for one in (learner, again):
+        one.accumulate(block_of(config, one))
+        assert np.isfinite(one.update())
+        assert one.progress.skipped_in_a_row == 0
+    assert adapter.checksum(again.weights.read()) == adapter.checksum(learner.weights.read()) != before
 
 
 def test_a_checkpoint_is_an_adapter_that_can_be_started_from(tiny_pipeline, tmp_path):
@@ -174,7 +188,7 @@ def test_a_checkpoint_is_an_adapter_that_can_be_started_from(tiny_pipeline, tmp_
     learner = Learner(config)
     learner.accumulate(block_of(config, learner))
     learner.update()
-    learner.save(tmp_path)
+    learner.save(tmp_path, {})
     again = Learner(configured(tiny_pipeline, f"adapter.init_from={tmp_path}"))
     raw = adapter.checksum(learner.weights.read())
     assert adapter.checksum(again.weights.read()) == adapter.checksum(again.averaged) == raw
@@ -188,7 +202,7 @@ def test_the_preview_is_what_the_exported_adapter_makes(tiny_pipeline, tmp_path)
     learner.averaged = learner.weights.read()
     settings = {"steps": 5, "guidance_scale": config.sampling.guidance_scale, "height": 64, "width": 64}
     full = learner.backbone.sample_latents(["a red ring"], [1], **settings)
-    learner.save(tmp_path)
+    learner.save(tmp_path, {})
     exported = SD3Backbone.from_pretrained(tiny_pipeline)
     adapter.load_export(exported, tmp_path)
     shown = learner.preview(["a red ring"], [1])

@@ -106,7 +106,7 @@ def test_all_weights_are_trained_published_and_saved(folder, tmp_path):
     sampler = Sampler(config, PROMPTS, lambda _: one.policy())
     sampler.hold(0)
     torch.testing.assert_close(sampler.backbone.sample_latents(PROMPTS, [1, 2], **settings), pictured, rtol=0, atol=1e-5)
-    one.save(tmp_path / "checkpoint")
+    one.save(tmp_path / "checkpoint", {})
     full.complete(config.model.source, None, tmp_path / "checkpoint" / "transformer", tmp_path / "model")
     assert type(DiffusionPipeline.from_pretrained(tmp_path / "model")) is type(one.backbone.pipeline)
     saved = backbones.load(tmp_path / "model")
@@ -124,7 +124,7 @@ def test_an_adapter_over_a_bfloat16_model_learns_in_float32(folder, tmp_path, se
     sampler = Sampler(one.config, PROMPTS, lambda _: one.policy())
     sampler.hold(0)
     assert {p.dtype for p in sampler.trained.values()} == {torch.float32}
-    one.save(tmp_path / "saved")
+    one.save(tmp_path / "saved", {})
     exported = backbones.load(folder, torch.bfloat16)
     adapter.load_export(exported, tmp_path / "saved")
     assert {p.dtype for p in adapter.parameters(exported.transformer)} == {torch.float32}
@@ -144,7 +144,7 @@ def test_bfloat16_computes_and_float32_learns(tmp_path):
     sampler = Sampler(one.config, PROMPTS, lambda _: one.policy())
     sampler.hold(0)
     assert {p.dtype for p in sampler.trained.values()} == {torch.bfloat16}
-    one.save(tmp_path / "checkpoint")
+    one.save(tmp_path / "checkpoint", {})
     saved = load_file(tmp_path / "checkpoint" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in saved.values()} == {torch.bfloat16}
 
@@ -152,7 +152,7 @@ def test_bfloat16_computes_and_float32_learns(tmp_path):
 def test_large_weights_are_saved_in_several_files(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(full, "FILE", "20KB")
     one = Learner(configured(folder, tmp_path, *FULL))
-    one.save(tmp_path)
+    one.save(tmp_path, {})
     assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
     saved = type(one.backbone.transformer).from_pretrained(tmp_path / "transformer")
     own = {name: p.full_tensor() for name, p in one.backbone.transformer.named_parameters()}
@@ -162,7 +162,7 @@ def test_large_weights_are_saved_in_several_files(folder, tmp_path, monkeypatch)
 def test_a_sharded_adapter_is_exported_as_any_other(folder, tmp_path):
     one, _ = learned(configured(folder, tmp_path, "train.sharded=true", "train.learning_rate=0.01", "evaluation.weights=raw"))
     one.update()
-    one.save(tmp_path)
+    one.save(tmp_path, {})
     exported = backbones.load(folder)
     adapter.load_export(exported, tmp_path)
     settings = {"steps": 4, "guidance_scale": one.config.sampling.guidance_scale, "height": 32, "width": 48}

@@ -1,6 +1,7 @@
 """Trained weights: chunks of a policy, averages, clipping; whole and sharded."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -77,8 +78,7 @@ def test_clipping_keeps_the_direction_and_reports_the_norm():
     assert torch.cat(parts).tolist() == pytest.approx([0.6, 0.0, 0.8])
     assert clip_by_norm(parts, 2.0) == pytest.approx(1.0)
     assert torch.cat(parts).tolist() == pytest.approx([0.6, 0.0, 0.8])
-    with pytest.raises(FloatingPointError, match="not finite"):
-        clip_by_norm([torch.tensor([float("nan")])], 1.0)
+    assert not math.isfinite(clip_by_norm([torch.tensor([float("nan")])], 1.0))
 
 
 def test_a_part_of_the_gradients_is_cut_by_the_norm_of_all():

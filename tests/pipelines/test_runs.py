@@ -1,0 +1,147 @@
+"""Which run a command goes on with; tests/e2e has runs go on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flowbp_ray.config import ConfigError, load
+from pipelines import runs
+from pipelines.align import chosen
+
+SPARSE = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
+
+
+def configured(folder, *overrides):
+    return load(SPARSE, [f"output={folder}", *overrides])
+
+
+def begun(config, name):
+    folder = config.output / name
+    runs.begin(config, folder)
+    return folder
+
+
+def listing(version):
+    return json.dumps({"latest_checkpoint_result": {"checkpoint_dir_name": f"c{version}", "metrics": {"version": version}}})
+
+
+def test_the_newest_unfinished_run_of_the_configuration_goes_on(tmp_path):
+    config = configured(tmp_path)
+    assert chosen(config, None, False).parent == tmp_path
+    assert not list(tmp_path.iterdir())
+    older, newer = begun(config, "1"), begun(config, "2")
+    begun(configured(tmp_path, "train.steps=7"), "3")
+    (tmp_path / "4").mkdir()
+    assert chosen(config, None, False) == newer
+    runs.finished(newer)
+    assert chosen(config, None, False) == older
+    assert chosen(config, None, True) not in (older, newer)
+    assert chosen(config, newer, False) == newer
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "cluster.samplers=3",
+        "cluster.threads=2",
+        "train.workers=2",
+        "train.micro_batch=3",
+        "train.checkpoint_every=7",
+        "reward.components.1.deployment={replicas: 2}",
+    ],
+)
+def test_what_does_not_change_what_is_learned_may_be_other(tmp_path, setting):
+    folder = begun(configured(tmp_path), "1")
+    assert chosen(configured(tmp_path, setting), None, False) == folder
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("train.learning_rate=1e-3", "train.learning_rate is 0.001, there 0.0005"),
+        ("surrogate.active_steps=5", "surrogate.active_steps is 5, there 4"),
+        ("reward.components.1.weight=2", "reward.components.1.weight is 2.0, there 0.0"),
+        ("train.policy_lag=0", "train.policy_lag is 0, there 1"),
+        ("tracking.run_name=mine", "tracking.run_name is 'mine', there None"),
+    ],
+)
+def test_a_run_of_another_configuration_is_not_gone_on_with_and_the_settings_are_named(tmp_path, setting, said):
+    folder = begun(configured(tmp_path), "1")
+    other = configured(tmp_path, setting)
+    assert chosen(other, None, False) != folder
+    with pytest.raises(ConfigError, match=said):
+        chosen(other, folder, False)
+
+
+def test_a_named_run_gets_more_steps_but_not_fewer_than_it_has(tmp_path):
+    folder = begun(configured(tmp_path), "1")
+    (folder / runs.LIST).write_text(listing(40))
+    runs.finished(folder)
+    assert chosen(configured(tmp_path, "train.steps=90"), folder, False) == folder
+    with pytest.raises(ConfigError, match=r"has 40 steps, more than train\.steps, which is 30"):
+        chosen(configured(tmp_path, "train.steps=30"), folder, False)
+
+
+def test_other_prompts_are_found_out(tmp_path):
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("a cat\n")
+    config = configured(tmp_path / "runs", f"prompts.path={prompts}")
+    folder = begun(config, "1")
+    runs.begin(config, folder)
+    prompts.write_text("a dog\n")
+    with pytest.raises(ConfigError, match=r"the prompts of .*mine\.txt are others than when the run in .* began"):
+        runs.begin(config, folder)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"has no run that could go on: it has no run\.json"):
+        chosen(configured(tmp_path), tmp_path, False)
+
+
+def test_one_process_works_in_a_folder_and_frees_it_however_it_ends(tmp_path):
+    with runs.alone(tmp_path), pytest.raises(ConfigError, match="is going on in another process"), runs.alone(tmp_path):
+        pass
+    program = "import sys, time; from pathlib import Path; from pipelines.runs import alone\n"
+    program += "with alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="is going on"), runs.alone(tmp_path):
+            pass
+        other.kill()
+        other.wait()
+        with runs.alone(tmp_path):
+            pass
+
+
+def test_the_newest_checkpoint_is_the_listed_one_and_a_torn_list_is_mended(tmp_path):
+    config = configured(tmp_path)
+    kept = runs.Kept(config, begun(config, "1"))
+    assert kept.newest is None
+    kept.mend()
+    listed = tmp_path / "1" / runs.LIST
+    listed.write_text(listing(10)[:30])
+    assert kept.steps == 0
+    kept.mend()
+    assert not listed.exists()
+    listed.write_text(listing(10))
+    kept.copy()
+    assert kept.newest == (f"{tmp_path}/1/c10", 10)
+    listed.write_text(listing(20)[:30])
+    kept.copy()
+    assert kept.newest == (f"{tmp_path}/1/c10", 10)
+    kept.mend()
+    assert json.loads(listed.read_text())["latest_checkpoint_result"]["metrics"]["version"] == 10
+    listed.write_text(listing(20))
+    assert kept.steps == 20
+
+
+def test_checkpoints_elsewhere_are_found_by_their_uri(tmp_path):
+    config = configured(tmp_path / "runs", f"train.storage=file://{tmp_path}/bucket")
+    kept = runs.Kept(config, begun(config, "1"))
+    assert kept.newest is None
+    (tmp_path / "bucket" / "1").mkdir(parents=True)
+    (tmp_path / "bucket" / "1" / runs.LIST).write_text(listing(5))
+    assert kept.newest == (f"file://{tmp_path}/bucket/1/c5", 5)
