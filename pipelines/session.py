@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -264,6 +265,8 @@ def reason(error: BaseException) -> str:
     if isinstance(wrapped, BaseException) and wrapped is not error:
         return reason(wrapped)
     text = str(error).strip()
+    if died := re.search(r"class_name: (\w+).*?ip: (\S+)", text, re.DOTALL):  # Ray's page of what it knows of an actor
+        return f"the process of {died[1]} on {died[2]} died"
     if "Traceback (most recent call last)" in text or "ray::" in text:  # of an actor that failed as it was made
         name, _, said = text.splitlines()[-1].strip().partition(": ")
         return said if said and " " not in name else text.splitlines()[-1].strip()

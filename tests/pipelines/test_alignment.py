@@ -94,6 +94,14 @@ def test_the_checker_reads_its_own_size_alone():
         load(SPARSE, ["sampling.width=96"])
 
 
+DIED = """A worker health check failed.
+The actor died unexpectedly before finishing this task.
+\tclass_name: RayTrainWorker
+\tpid: 1
+\tip: 10.0.0.2
+The actor is dead because its worker process has died. Some common causes include: …"""
+
+
 def remote(error):
     """As Ray hands on what a task raised."""
     return RayTaskError("fit", "Traceback (most recent call last): ...", error).as_instanceof_cause()
@@ -112,6 +120,10 @@ def remote(error):
             "no model in x: y",
         ),
         (RuntimeError(), "RuntimeError: "),
+        (
+            remote(WorkerGroupError("", {0: RuntimeError(DIED)})),
+            "the process of RayTrainWorker on 10.0.0.2 died",
+        ),
     ],
 )
 def test_one_sentence_for_whatever_went_wrong(error, sentence):
