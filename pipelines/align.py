@@ -68,7 +68,8 @@ def main() -> None:
             signal.signal(signal.SIGTERM, interrupt)  # `ray job stop`; from now on, since ray.init takes it for itself
             outcome = align(config, folder)
     except KeyboardInterrupt:
-        sys.exit(f"\ninterrupted: nothing runs any more; {latest_checkpoint(config, folder)}; {again}")
+        where = f"; {latest_checkpoint(config, folder)}; {again}" if (folder / runs.BEGAN).exists() else ""
+        sys.exit(f"\ninterrupted: nothing runs any more{where}")
     except ConfigError as error:  # of what the cluster is, or runs
         refuse(error)
     except Exception as error:  # the boundary to the user: one sentence in place of pages of remote tracebacks

@@ -128,7 +128,8 @@ def case(
 
 def written(latents: np.ndarray, prompts: list[str], local: Any, own: bool) -> int:
     """Bytes that one request has Ray serialize, each once: what goes to the service and comes back, and of rewards with processes
-    of their own the pictures to each and the gradients of those with a weight. What is read lies where it was written."""
+    of their own the pictures, which all of them read, and the gradients of those with a weight. What is read lies where it was
+    written."""
 
     def size(value: object) -> int:
         context = ray._private.worker.global_worker.get_serialization_context()
@@ -138,9 +139,10 @@ def written(latents: np.ndarray, prompts: list[str], local: Any, own: bool) -> i
     total = size(latents) + size(answer)
     if own:
         pictures = np.ascontiguousarray(local.look(latents, prompts)["pictures"].transpose(0, 3, 1, 2).astype(np.float32))
+        total += size(pictures)
         for component in local.components:
             scores = answer["components"][component.name]
-            total += size(pictures) + size((scores, pictures if component.weight else None))
+            total += size((scores, pictures if component.weight else None))
     return total
 
 

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from flowbp_ray.config import load
 from flowbp_ray.training.adapter import adapted
-from pipelines.align import latest_checkpoint
+from pipelines.runs import Kept, unfinished
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "shapes" / "sparse.yaml"
@@ -53,7 +53,8 @@ def test_an_interrupted_run_leaves_no_process_and_a_usable_checkpoint(tmp_path, 
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes, cwd=ROOT, env=environment, start_new_session=True) as run:
         until = time.monotonic() + 500
-        while not any("the last checkpoint is" in latest_checkpoint(f) for f in tmp_path.glob("runs/*")):
+        config = load(CONFIG, overrides)
+        while not any(Kept(config, f).newest for f in tmp_path.glob("runs/*")):
             assert run.poll() is None, run.communicate()[1]
             assert time.monotonic() < until
             time.sleep(0.2)
@@ -65,15 +66,16 @@ def test_an_interrupted_run_leaves_no_process_and_a_usable_checkpoint(tmp_path, 
             run.kill()
             pytest.fail(f"it goes on after the interruption: {run.communicate()}")
     assert run.returncode == 1
-    assert "interrupted: nothing runs any more; the last checkpoint is" in errors
+    assert "interrupted: nothing runs any more; its last checkpoint, of " in errors
+    assert "; the same command goes on with it" in errors
     assert "Traceback" not in errors
     until = time.monotonic() + 30
     while marked(mark):
         assert time.monotonic() < until, marked(mark)
         time.sleep(0.2)
-    checkpoint = errors.strip().rpartition("adapter.init_from=")[2]
-    config = load(CONFIG, [*overrides, f"adapter.init_from={checkpoint}"])
-    adapted(config, "cpu")
+    (folder,) = tmp_path.glob("runs/*")
+    adapted(load(CONFIG, [*overrides, f"adapter.init_from={Kept(config, folder).newest.path}"]), "cpu")
+    assert unfinished(config, [folder]) == folder
     client = MlflowClient(config.tracking.uri)
     experiment = client.get_experiment_by_name("flowbp_ray")
     (tracked,) = client.search_runs([experiment.experiment_id])

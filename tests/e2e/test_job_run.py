@@ -1,10 +1,14 @@
 """The README's cluster, command by command: a head with token authentication, and jobs that are submitted, stopped and go on."""
 
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,10 @@ import yaml
 from flowbp_ray.config import load
 from pipelines.runs import Kept
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc").exists(), reason="the driver is found in /proc"),
+]
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -44,7 +51,7 @@ def account(tmp_path_factory):
     """A shell of an account that never had Ray: its commands share one environment, and a home of their own."""
     home = tmp_path_factory.mktemp("home")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    environment |= {"HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment |= {"HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "FLOWBP_TOKEN": "secret"}
 
     def run(*commands, timeout=600, check=True):
         script = "set -e\n" + "\n".join(commands)
@@ -83,6 +90,10 @@ def test_the_readmes_commands_twice_in_a_row_and_a_job_that_is_stopped(account):
     assert len(list(runs.iterdir())) == 2
     assert (account.home / ".flowbp_ray" / "mlflow.db").exists()
 
+    refused = account(*exports, f"{submit} cluster.sampler_gpus=1", check=False)
+    assert refused.returncode != 0
+    assert "the processes of this configuration need 2 GPUs: the cluster has 0" in refused.stdout + refused.stderr
+
     named = submit.replace("ray job submit", "ray job submit --no-wait --submission-id stopped")
     longer = f"{named} train.steps=500 {' '.join(SMALL)}"
     account(*exports, longer)
@@ -98,8 +109,47 @@ def test_the_readmes_commands_twice_in_a_row_and_a_job_that_is_stopped(account):
     account(*exports, longer.replace("id stopped", "id again"))
     wait_for(lambda: kept.steps > reached, time.monotonic() + 400)
     assert "going on with the run in" in account(*exports, "ray job logs again").stdout
-    account(*exports, "ray job stop again")
+    # A driver that is killed takes its reward application with it, whoever comes next.
+    (driver,) = drivers(account.home)
+    assert "rewards-" in account(*exports, "serve status").stdout
+    os.kill(driver, signal.SIGKILL)
+    wait_for(lambda: "rewards-" not in account(*exports, "serve status").stdout, time.monotonic() + 120)
+
+    # The reward service of the same cluster, over HTTP.
+    account(*exports, "serve deploy configs/serve/rewards.yaml")
+    wait_for(lambda: running(account(*exports, "serve status").stdout), time.monotonic() + 300)
+    answer = score("secret")
+    assert set(answer["scores"][0]) == {"preference", "judge"}
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        score("other")
     account(*exports, commands[-1])
+
+
+def running(status):
+    """Whether `serve status` says that the reward service and its deployments are there."""
+    return yaml.safe_load(status)["applications"].get("rewards", {}).get("status") == "RUNNING"
+
+
+def score(token):
+    """What the service answers of a picture."""
+    picture = (ROOT / "docs" / "before_after.png").read_bytes()
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "image/png"}
+    url = "http://127.0.0.1:8000/rewards/v1/score?prompt=a%20red%20ring"
+    with urllib.request.urlopen(urllib.request.Request(url, picture, headers), timeout=120) as response:
+        return json.load(response)
+
+
+def drivers(home):
+    """The align commands of an account."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+        except OSError:
+            continue  # it ended meanwhile, or is not ours
+        if b"\0-m\0pipelines.align" in command and f"HOME={home}\0".encode() in environment:
+            found.append(int(folder.name))
+    return found
 
 
 def is_of(folder, steps):

@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -14,6 +15,7 @@ from ray import serve
 from safetensors.torch import load_file
 
 from flowbp_ray.config import load
+from flowbp_ray.training.learner import Learner
 from pipelines import alignment, runs
 from pipelines.alignment import align
 from pipelines.session import lost, reason
@@ -112,20 +114,39 @@ def test_interrupted_at_every_step_in_turn_it_ends_as_the_undisturbed_run(undist
     assert [steps[i] for i in began if steps[i] not in reached] == []
 
 
-def test_other_numbers_of_workers_and_samplers_go_on_to_the_same_weights(undisturbed, tmp_path, monkeypatch):
+def test_other_numbers_of_workers_and_samplers_go_on_to_the_same_weights_from_checkpoints_elsewhere(
+    undisturbed, tmp_path, monkeypatch
+):
     outcome, _ = undisturbed
-    folder = tmp_path / "run"
-    interrupted(configured(tmp_path), folder, 1, monkeypatch)
-    config = configured(tmp_path, "train.workers=2", "cluster.samplers=2")
+    folder, storage = tmp_path / "run", f"train.storage=file://{tmp_path}/bucket"
+    interrupted(configured(tmp_path, storage), folder, 1, monkeypatch)
+    assert not list(folder.glob("checkpoint*"))
+    config = configured(tmp_path, storage, "train.workers=2", "cluster.samplers=2")
     assert runs.unfinished(config, tmp_path.glob("*")) == folder
     align(config, folder)
-    one, two = final(outcome.folder), final(folder)
+    one, two = final(outcome.folder), final(tmp_path / "bucket" / "run")
     start = load_file(outcome.folder / "checkpoint_000001" / "state_0.safetensors")
     moved = torch.cat([(one[k] - start[k]).flatten() for k in one if k.startswith("raw.")]).norm()
     apart = torch.cat([(one[k] - two[k]).flatten() for k in one if k.startswith("raw.")]).norm()
     assert moved > 0
     assert apart <= 1e-4 * moved
     assert points(config)["images"] == ["0", "2", "3"]
+
+
+def test_samplers_come_while_there_is_room_and_the_weights_are_the_same(cluster, tmp_path, monkeypatch):
+    config, seen, look = configured(tmp_path, "cluster.max_samplers=3", "train.micro_batch=1"), [], alignment.look
+
+    def watched(bar, tracker, said):
+        seen.append(len(processes("MapWorker(MapBatches(SamplerStage)")))
+        return look(bar, tracker, said)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(alignment, "look", watched)
+        align(config, tmp_path / "run")
+    assert max(seen) > 1
+    fixed = align(configured(tmp_path / "fixed", "train.micro_batch=1"), tmp_path / "fixed" / "run")
+    one, two = final(fixed.folder), final(tmp_path / "run")
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_finished_run_gets_more_steps(undisturbed, tmp_path):
@@ -186,3 +207,26 @@ def test_without_retries_a_lost_train_worker_ends_the_run_with_a_sentence_and_th
     one, two = final(outcome.folder), final(folder)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert points(config) == wanted
+
+
+def test_gradients_that_stay_not_finite_are_skipped_counted_kept_and_then_end_the_run(cluster, tmp_path):
+    settings = ("train.velocity_penalty=1e300", "train.max_skipped=1", "evaluation.preview_prompts=0")  # infinite in float32
+    config, folder = configured(tmp_path, *settings), tmp_path / "run"
+    with pytest.raises(Exception, match=r".") as caught:
+        align(config, folder)
+    assert not lost(caught.value)
+    said = reason(caught.value)
+    assert said.startswith("the gradient of step 1 is not finite, so no update was made (2 in a row; what it was is in ")
+    assert said.endswith("allows 1 in a row; lower train.learning_rate, or compute in float32 (model.dtype)")
+    kept = folder / "not_finite_000000"
+    assert {f.name for f in kept.glob("*.npz")} == {"blocks_0_0.npz", "blocks_0_1.npz"}
+    learner = Learner(config)
+    learner.restore(kept)
+    for block in sorted(kept.glob("*.npz")):
+        with np.load(block, allow_pickle=False) as columns:
+            learner.accumulate(dict(columns))
+    assert not np.isfinite(learner.update())
+    client = MlflowClient(config.tracking.uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("flowbp_ray").experiment_id])
+    assert [p.value for p in client.get_metric_history(run.info.run_id, "skipped_updates")] == [1.0]
+    assert len((folder / "warnings.txt").read_text().splitlines()) == 2

@@ -169,3 +169,26 @@ def test_a_sharded_adapter_is_exported_as_any_other(folder, tmp_path):
     torch.testing.assert_close(
         exported.sample_latents(PROMPTS, [1, 2], **settings), one.preview(PROMPTS, [1, 2]), rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("settings", [FULL, ("train.sharded=true",)], ids=["all weights", "adapter"])
+def test_a_sharded_training_goes_on_from_its_checkpoint_bit_by_bit(folder, tmp_path, settings):
+    config = configured(folder, tmp_path, *settings, "train.learning_rate=0.01", "train.policy_lag=1", "train.ema=0.5")
+    one, _ = learned(config)
+    first = list(one.policy())
+    one.update()
+    one.save(tmp_path / "checkpoint", {0: first})
+    again = Learner(config)
+    policies = again.restore(tmp_path / "checkpoint")
+    assert [chunk.checksum for chunk in policies[0]] == [chunk.checksum for chunk in first]
+    assert again.progress == one.progress
+    sampler = Sampler(config, PROMPTS, {0: policies[0]}.__getitem__)
+    blocks = [sampler({"number": np.array([number])}) for number in (2, 3)]  # step 1, by the policy before
+    gradients = np.random.default_rng(1).standard_normal((len(blocks), *blocks[0]["inputs"].shape)).astype(np.float32)
+    for learner_ in (one, again):
+        for block, gradient in zip(blocks, gradients, strict=True):
+            learner_.accumulate(block | {"gradients": gradient})
+        assert learner_.update() > 0
+    wanted, found = one.weights.read(), again.weights.read()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert all(torch.equal(again.averaged[name], one.averaged[name]) for name in wanted)
