@@ -18,12 +18,11 @@ import sys
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load, paths
 from flowbp_ray.config.models import check_models
 from flowbp_ray.tracking.store import check_server, masked, tracking_uri
-from pipelines import files_and_overrides, runs
+from pipelines import files_and_overrides, refuse, runs
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -46,7 +45,7 @@ def main() -> None:
     """Check the configuration, then run it."""
     args = arguments()
     try:
-        config, plan, folder = checked(args)
+        config, plan, folder, asked = checked(args)
         if args.dry_run:
             print(plan)
             if (folder / runs.BEGAN).exists():
@@ -66,6 +65,7 @@ def main() -> None:
     try:
         with cluster(config):
             signal.signal(signal.SIGTERM, interrupt)  # `ray job stop`; from now on, since ray.init takes it for itself
+            runs.begin(config, folder, asked)
             outcome = align(config, folder)
     except KeyboardInterrupt:
         where = f"; {latest_checkpoint(config, folder)}; {again}" if (folder / runs.BEGAN).exists() else ""
@@ -90,27 +90,31 @@ def main() -> None:
     print(f"curves    {outcome.info['page']}" + (f"   after: {command}" if command else ""))
 
 
-def checked(args: argparse.Namespace) -> tuple[AlignConfig, str, Path]:
-    """The configuration, what would be done, and the run's folder. ConfigError, ValueError or OSError, in one sentence, for all
-    that can be found wrong without loading a model."""
-    config = pinned(load(args.config, args.overrides, args.more))
-    return config, intended(config), chosen(config, args.resume, args.new)
+def checked(args: argparse.Namespace) -> tuple[AlignConfig, str, Path, str | None]:
+    """The configuration, what would be done, the run's folder, and the model's revision as it was asked for.
+
+    ConfigError, ValueError or OSError, in one sentence, for all that can be found wrong without loading a model.
+    """
+    config = load(args.config, args.overrides, args.more)
+    asked, folder = config.model.revision, chosen(config, args.resume, args.new)
+    if folder is None:
+        folder = runs.new_folder(config)
+        config = pinned(config)
+        _ = runs.Kept(config, folder).newest  # or what is wrong with train.storage would be found late
+    else:
+        config = runs.as_begun(config, folder)
+        runs.check(config, folder)
+    return config, intended(config), folder, asked
 
 
-def refuse(error: Exception) -> NoReturn:
-    """End with what is wrong with the input, and the exit code of a command line that is wrong."""
-    print(error, file=sys.stderr)
-    sys.exit(2)
-
-
-def chosen(config: AlignConfig, resume: Path | None, new: bool) -> Path:
-    """The folder of the run to go on with, or of a new one. ConfigError if the named one cannot be gone on with."""
+def chosen(config: AlignConfig, resume: Path | None, new: bool) -> Path | None:
+    """The folder of the run to go on with; None starts a new one. ConfigError if the named one has none."""
     if resume is not None:
         folder = resume.expanduser().absolute()
-        runs.check(config, folder)
+        if not (folder / runs.BEGAN).exists():
+            raise ConfigError(f"{folder} has no run that could go on: it has no {runs.BEGAN}")
         return folder
-    found = None if new else runs.unfinished(config, config.output.glob("*"))
-    return found or runs.new_folder(config)
+    return None if new else runs.unfinished(config, config.output.glob("*"))
 
 
 def interrupt(signum: int, frame: FrameType | None) -> None:

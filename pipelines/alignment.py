@@ -121,7 +121,7 @@ def trained(config: AlignConfig, prompts: list[str], folder: Path, at: Session, 
     """All steps, from the newest checkpoint on. A process or machine that is lost costs the steps since then, and is made up for
     as often as ``train.retries`` says; anything else that goes wrong would again, and ends the run.
 
-    Ray Train's own FailureConfig would repeat errors too, and not outlive its controller.
+    Ray Train's own FailureConfig would repeat all other errors too, and not outlive its controller.
     """
     kept, tries = Kept(config, folder), 0
     kept.mend()

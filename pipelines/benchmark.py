@@ -14,6 +14,8 @@ import argparse
 import json
 import sys
 
+from pipelines import refuse
+
 STEPS = 25  # of the published samplers
 RANK = 16
 
@@ -85,7 +87,7 @@ def main(given: list[str] | None = None) -> None:
         try:
             full_size.update(args)
         except ValueError as error:  # a size that the model does not make
-            sys.exit(str(error))
+            refuse(error)
     full_size.fits([args.model] if args.model else list(PUBLISHED), args.caps)
 
 

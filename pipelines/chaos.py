@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load
-from pipelines import files_and_overrides
-from pipelines.align import refuse
+from pipelines import files_and_overrides, refuse
+from pipelines.align import interrupt
 
 ROOT = Path(__file__).resolve().parents[1]
 SPARSE = ROOT / "configs" / "shapes" / "sparse.yaml"
@@ -117,6 +117,7 @@ def main() -> None:
     randomly = random.Random(args.seed)
     order = [role for _ in range(-(-args.kills // len(args.roles))) for role in randomly.sample(args.roles, len(args.roles))]
     planned = [order[: args.kills][i : i + args.per_run] for i in range(0, args.kills, args.per_run)]
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         with Machines() as machines:
             print("the undisturbed run")
@@ -177,9 +178,11 @@ class Machines:
             except OSError:
                 continue  # it ended meanwhile, or is not ours
 
-    def kill(self, role: str, randomly: random.Random) -> None:
-        """Kill a process of a role, as soon as there is one."""
+    def kill(self, role: str, randomly: random.Random, command: "Command") -> None:
+        """Kill a process of a role, as soon as there is one. RuntimeError if the command ends before."""
         while not (found := [pid for pid, line in self.processes() if line.startswith("ray::") and PROCESSES[role] in line]):
+            if command.process.poll() is not None:
+                raise RuntimeError(f"the run ended before there was a {role} to kill: give it more train.steps")
             time.sleep(0.05)
         os.kill(randomly.choice(found), signal.SIGKILL)
 
@@ -273,7 +276,7 @@ def run(
                 for name in serve.status().applications:
                     serve.delete(name)
             else:
-                machines.kill(role, randomly)
+                machines.kill(role, randomly, command)
             command.wait_for(reached + 1)
             kills.append(Kill(role, reached, time.monotonic() - began))
         command.wait_for(None)
@@ -310,7 +313,7 @@ def left(config: AlignConfig, machines: Machines) -> Left:
     (folder,) = config.output.iterdir()
     listed = json.loads((folder / LIST).read_text("utf-8"))
     final = folder / listed["latest_checkpoint_result"]["checkpoint_dir_name"] / "state_0.safetensors"
-    client, run_id = MlflowClient(config.tracking.uri), (folder / RUN_FILE).read_text("utf-8").strip()
+    client, run_id = MlflowClient(config.tracking.uri), json.loads((folder / RUN_FILE).read_text("utf-8"))["run_id"]
     points = {
         key: [(p.step, p.value) for p in client.get_metric_history(run_id, key)] for key in client.get_run(run_id).data.metrics
     }

@@ -17,7 +17,7 @@ import numpy as np
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load
 from flowbp_ray.surrogate.quadrature import Grid
-from pipelines import files_and_overrides
+from pipelines import files_and_overrides, refuse
 from pipelines.comparison import BASE, Measured, chart, evaluations, grid, read, table
 
 #: Shorter than a recipe's own run, so that a cell takes minutes; overrides change them.
@@ -93,7 +93,7 @@ def main() -> None:
             raise ConfigError(f"evaluation.prompts is {first.evaluation.prompts}: methods are compared on shapes alone")
         check_budgets({n: planned[n, 0] for n in names})
     except ConfigError as error:
-        sys.exit(str(error))
+        refuse(error)
     folder = (args.output or first.output.parent / "compare").expanduser().absolute()
     if args.dry_run:
         train, pictures = first.train, 6 * first.evaluation.per_task
@@ -108,6 +108,8 @@ def main() -> None:
         compare(planned, folder, args.seeds)
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted: nothing runs any more; the same command goes on from the finished cells in {folder}")
+    except ConfigError as error:  # of what the cluster is, or runs
+        refuse(error)
     except Exception as error:  # the boundary to the user, as in align
         sys.exit(f"\nstopped: {reason(error)}\nthe same command goes on from the finished cells in {folder}")
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from flowbp_ray.config import AlignConfig, ConfigError, load, paths
+from pipelines import refuse
 
 
 def arguments() -> argparse.Namespace:
@@ -50,7 +51,7 @@ def main() -> None:
         prompts = embeds.wanted(config)
         missing = embeds.start(config, folder).missing(prompts)
     except (ConfigError, ValueError, OSError) as error:
-        sys.exit(str(error))
+        refuse(error)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: nothing was started")
     try:

@@ -28,7 +28,7 @@ from flowbp_ray.config.reward import RewardComponent
 from flowbp_ray.rollouts.prompts import pictured
 from flowbp_ray.tracking.store import masked, tracking_uri
 from flowbp_ray.training import EXPORT_FILE
-from pipelines import files_and_overrides
+from pipelines import files_and_overrides, refuse
 from pipelines.align import check_rewards, interrupt, pinned
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def main() -> None:
                 return
             from pipelines.session import cluster, reason
         except (ConfigError, ValueError, OSError) as error:
-            sys.exit(str(error))
+            refuse(error)
         except KeyboardInterrupt:
             sys.exit("\ninterrupted: nothing was started")
         begin(folder, name, protocol, identity, config)
@@ -94,6 +94,8 @@ def main() -> None:
             finish(config, folder, [result, *beside])
         except KeyboardInterrupt:
             sys.exit(f"\ninterrupted: nothing runs any more; the same command goes on with what is in {folder}")
+        except ConfigError as error:  # of what the cluster is, or runs
+            refuse(error)
         except Exception as error:  # the boundary to the user, as in align
             (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
             sys.exit(f"\nstopped: {reason(error)}\nall of the error is in {folder / 'error.txt'}; the same command goes on")

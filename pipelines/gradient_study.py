@@ -20,7 +20,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load
-from pipelines import files_and_overrides
+from pipelines import files_and_overrides, refuse
 
 if TYPE_CHECKING:
     from flowbp_ray.training.study import Comparison, Growth
@@ -74,7 +74,7 @@ def main() -> None:
         config = load(args.file, args.overrides)
         tracking_uri(config.tracking.uri)  # what is wrong with it is said now, and not after minutes
     except (ConfigError, ValueError) as error:
-        sys.exit(str(error))
+        refuse(error)
     from pipelines import quiet_libraries
 
     quiet_libraries()

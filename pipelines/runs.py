@@ -15,14 +15,17 @@ from pyarrow import fs
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump
 from flowbp_ray.files import replace_text
-from flowbp_ray.rollouts.prompts import read_prompts
+from flowbp_ray.rollouts.prompts import pictured, read_prompts
+from flowbp_ray.tracking.store import masked
 
 #: In a run's folder: its configuration, and what else it began with.
 CONFIG, BEGAN = "config.yaml", "run.json"
 #: Ray Train's list of a run's checkpoints. On a disk it is rewritten in place, so there is a copy of the last whole one.
 LIST, COPY = "checkpoint_manager_snapshot.json", "checkpoint_manager_snapshot.copy.json"
-#: What does not change what is learned, and so may be other when a run goes on. Of these, none is a number that steps depend on.
+#: What does not change what is learned, and so may be other when a run goes on; of files of prompts the contents count.
 MAY_DIFFER = (
+    "prompts.path",
+    "evaluation.prompts",
     "cluster",
     "sampling.batched_branches",
     "train.workers",
@@ -45,16 +48,31 @@ def new_folder(config: AlignConfig) -> Path:
 
 
 def unfinished(config: AlignConfig, folders: Iterable[Path]) -> Path | None:
-    """The newest of the folders with a run that was not finished and is the configuration's."""
+    """The newest of the folders with a run that was not finished and is the configuration's, as it was asked for."""
     for folder in sorted(folders, reverse=True):
-        if (folder / BEGAN).exists() and not _began(folder)["finished"] and not differing(config, folder):
+        if not (folder / BEGAN).exists():
+            continue
+        began = _began(folder)
+        if (
+            not began["finished"]
+            and (began["revision"], began["prompts"]) == (config.model.revision, _digest(config))
+            and not differing(config, folder, "model.revision")
+        ):
             return folder
     return None
 
 
+def as_begun(config: AlignConfig, folder: Path) -> AlignConfig:
+    """The configuration with the commit of the model that the folder's run has; ConfigError if it asks for another one."""
+    if (theirs := _began(folder)["revision"]) != config.model.revision:
+        raise ConfigError(f"model.revision is {config.model.revision!r}, and {theirs!r} of the run in {folder}: give it its own")
+    its = yaml.safe_load((folder / CONFIG).read_text("utf-8"))["model"]["revision"]
+    return config.model_copy(update={"model": config.model.model_copy(update={"revision": its})})
+
+
 def differing(config: AlignConfig, folder: Path, *but: str) -> dict[str, tuple[Any, Any]]:
-    """The settings that are others than the run's, theirs and ours, but for those that may differ."""
-    theirs, ours = _leaves(yaml.safe_load((folder / CONFIG).read_text("utf-8"))), _leaves(yaml.safe_load(dump(config)))
+    """The settings that are others than the run's, theirs and ours, but for those that may differ; passwords aside."""
+    theirs, ours = (_leaves(yaml.safe_load(masked(t))) for t in ((folder / CONFIG).read_text("utf-8"), dump(config)))
     return {
         key: (theirs.get(key), ours.get(key))
         for key in [*ours, *(k for k in theirs if k not in ours)]
@@ -80,14 +98,20 @@ def check(config: AlignConfig, folder: Path) -> None:
         raise ConfigError(f"the run in {folder} has {reached} steps, more than train.steps, which is {config.train.steps}")
 
 
-def begin(config: AlignConfig, folder: Path) -> None:
-    """Make the folder what a run goes on with, if it is not that already. Errors as `check`'s."""
+def begin(config: AlignConfig, folder: Path, asked: str | None = None) -> None:
+    """Make the folder what a run begins or goes on with; ``asked`` is the model's revision before it was pinned.
+
+    Errors as `check`'s; ConfigError too where the storage has another run's checkpoints by the folder's name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / BEGAN).exists():
         check(config, folder)
+        replace_text(folder / CONFIG, masked(dump(config)))
         return
-    replace_text(folder / CONFIG, dump(config))
-    replace_text(folder / BEGAN, json.dumps({"prompts": _digest(config), "finished": False}) + "\n")
+    if there := Kept(config, folder).newest:
+        raise ConfigError(f"{there.path} is another run's: give this one another train.storage, or its folder another name")
+    replace_text(folder / CONFIG, masked(dump(config)))
+    replace_text(folder / BEGAN, json.dumps({"prompts": _digest(config), "revision": asked, "finished": False}) + "\n")
 
 
 def finished(folder: Path) -> None:
@@ -137,16 +161,16 @@ class Kept:
         return self.newest.steps if self.newest else 0
 
     def copy(self) -> None:
-        """Have a copy of the list, if it is whole."""
-        if self._read(LIST) is not None and isinstance(self.filesystem, fs.LocalFileSystem):
-            replace_text(Path(self.root) / COPY, (Path(self.root) / LIST).read_text("utf-8"))
+        """Have a copy of the list, if it is on a disk and whole."""
+        if isinstance(self.filesystem, fs.LocalFileSystem) and (listed := self._read(LIST)) is not None:
+            replace_text(Path(self.root) / COPY, json.dumps(listed))
 
     def mend(self) -> None:
         """Put the copy in place of a list that was being rewritten when its writer ended, which Ray Train would not read."""
         there = self.filesystem.get_file_info(f"{self.root}/{LIST}").type != fs.FileType.NotFound
         if there and self._read(LIST) is None:
-            if self._read(COPY) is not None:
-                replace_text(Path(self.root) / LIST, (Path(self.root) / COPY).read_text("utf-8"))
+            if (copied := self._read(COPY)) is not None:
+                replace_text(Path(self.root) / LIST, json.dumps(copied))
             else:
                 self.filesystem.delete_file(f"{self.root}/{LIST}")
 
@@ -165,7 +189,7 @@ def _began(folder: Path) -> dict[str, Any]:
 
 
 def _digest(config: AlignConfig) -> str:
-    return hashlib.sha256(json.dumps(read_prompts(config.prompts)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([read_prompts(config.prompts), pictured(config)]).encode()).hexdigest()
 
 
 def _leaves(node: Any, name: str = "") -> dict[str, Any]:

@@ -19,7 +19,9 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.data import DataContext
 from ray.exceptions import RayError, RayTaskError
+from ray.train import PreemptionError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch.distributed import DistError
 from tqdm import tqdm
 
 from flowbp_ray.config import AlignConfig, ConfigError
@@ -180,10 +182,9 @@ def rewarding(config: AlignConfig, own: str) -> Iterator[str]:
             yield own
         finally:
             ended.set()
-            watch.join()
     finally:
         clean_up("remove the reward service", lambda: serve.delete(own))
-        ray.kill(owner)
+        ray.kill(owner)  # what `revive` may have started just now ends by itself
 
 
 def make_owner(name: str) -> ActorHandle:
@@ -250,8 +251,11 @@ def lost(error: BaseException) -> bool:
         inside = [error.__cause__]
     if inside := [e for e in inside if isinstance(e, BaseException) and e is not error]:
         return all(map(lost, inside))
-    # Workers whose group has lost one say that a connection of theirs was closed or reset.
-    return (isinstance(error, RayError) and not isinstance(error, RayTaskError)) or "onnection" in str(error)
+    # Workers whose group has lost one say so: NCCL by its own error, gloo of a connection that was closed or reset.
+    collateral = isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return (
+        collateral or isinstance(error, PreemptionError) or (isinstance(error, RayError) and not isinstance(error, RayTaskError))
+    )
 
 
 def reason(error: BaseException) -> str:

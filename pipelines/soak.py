@@ -22,8 +22,8 @@ import numpy as np
 import psutil
 
 from flowbp_ray.config import ConfigError, dump, load
-from pipelines import files_and_overrides
-from pipelines.align import refuse
+from pipelines import files_and_overrides, refuse
+from pipelines.align import interrupt
 from pipelines.chaos import ROOT, SMALL, SPARSE, newest
 
 EVERY = 5.0  # seconds between samples
@@ -71,6 +71,7 @@ def main() -> None:
     print(f"samples go to {folder / 'samples.jsonl'}")
     with (folder / "output.txt").open("w") as log:
         run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True)
+    signal.signal(signal.SIGTERM, interrupt)
     began = time.monotonic()
     try:
         while run.poll() is None and (args.minutes is None or time.monotonic() - began < 60 * args.minutes):
@@ -82,7 +83,7 @@ def main() -> None:
         print("\nended early", file=sys.stderr)
     finally:
         if run.poll() is None:
-            run.send_signal(signal.SIGINT)
+            run.terminate()  # which ends it as Ctrl-C does
         run.wait()
     text = table(folder)
     (folder / "table.md").write_text(text, encoding="utf-8")
@@ -123,15 +124,17 @@ def table(folder: Path) -> str:
         "| role | processes | MB | MB per 1,000 steps | files | files per 1,000 steps |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    always = set.intersection(*(set(line) for line in half)) - {"second", "step", "other", "IDLE"}
-    for role in sorted(always):
-        steps = np.array([line["step"] for line in half], dtype=float)
-        columns = []
+    roles = sorted({role for line in half for role in line} - {"second", "step", "other", "IDLE"})
+    for role in roles:
+        there = [line for line in half if role in line]
+        if len(there) < 0.9 * len(half):
+            continue  # it came and went, or is of the end alone
+        steps, columns = np.array([line["step"] for line in there], dtype=float), []
         for what in ("MB", "files"):
-            values = np.array([line[role][what] for line in half], dtype=float)
+            values = np.array([line[role][what] for line in there], dtype=float)
             slope, error = slope_of(steps, values)
             columns += [f"{values.mean():,.0f}", f"{1000 * slope:+,.1f} ± {1000 * error:,.1f}"]
-        rows.append(f"| {role} | {half[-1][role]['processes']:g} | {' | '.join(columns)} |")
+        rows.append(f"| {role} | {there[-1][role]['processes']:g} | {' | '.join(columns)} |")
     minutes = (lines[-1]["second"] - lines[0]["second"]) / 60
     what = f"{lines[-1]['step'] + 1} steps, {minutes:.0f} minutes, {len(lines)} samples"
     return "\n".join([*rows, "", f"{what}; slopes over the second half, ± one standard error."]) + "\n"

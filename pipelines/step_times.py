@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from flowbp_ray.config import AlignConfig, ConfigError, load
+from pipelines import refuse
 
 FIRST = 3  # steps left out: the first fill the stream and load what is loaded late
 STAGES = ("sampling", "reward", "update")
@@ -77,7 +78,7 @@ def measure(args: argparse.Namespace, store: Path) -> None:
     try:
         configs = {lag: settings(args, lag, store) for lag in (0, 1)}
     except ConfigError as error:
-        sys.exit(str(error))
+        refuse(error)
     from pipelines import quiet_libraries
     from pipelines.alignment import align
     from pipelines.session import cluster, reason

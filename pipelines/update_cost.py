@@ -9,14 +9,13 @@ the surrogate's whole graph, as plain autograd keeps it. Writes a table and a pl
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowbp_ray.config import AlignConfig, ConfigError, load
-from pipelines import files_and_overrides
+from pipelines import files_and_overrides, refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,7 +156,7 @@ def main() -> None:
     try:
         config = load(args.file, [*args.overrides, "prompts.embeds=null"])  # its prompt need not be among them
     except ConfigError as error:
-        sys.exit(str(error))
+        refuse(error)
     from tqdm import tqdm
 
     from pipelines import quiet_libraries

@@ -193,7 +193,7 @@ def continued(folder: Path) -> Iterator[list[str]]:
     yield ["--resume", str(folder / "nowhere")]
     changed = folder / "changed"
     shutil.copytree(run, changed)
-    (changed / runs.BEGAN).write_text('{"prompts": "others", "finished": false}')
+    (changed / runs.BEGAN).write_text('{"prompts": "others", "revision": null, "finished": false}')
     yield ["--resume", str(changed)]
 
 

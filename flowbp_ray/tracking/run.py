@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import yaml
@@ -29,40 +29,56 @@ LONGEST = 500
 class TrackedRun:
     """A run by its id, for one writer: no global MLflow state, nothing asynchronous, arguments that pickle."""
 
-    def __init__(self, uri: str, experiment: str, run_name: str | None, *, config: dict, run_id: str | None = None) -> None:
-        """Start a run in the experiment (made if it is new), or continue the one with ``run_id`` under its own name.
+    def __init__(self, uri: str, experiment: str, run_name: str | None, *, config: dict) -> None:
+        """Start a run in the experiment (made if it is new) and log its configuration. Errors as `new`'s."""
+        self._begin(uri, *self._created(uri, experiment, run_name))
+        self.go_on(config)
 
-        ``uri`` is from ``store.tracking_uri``; ``config`` is the resolved configuration, of plain values; a password in its
-        ``tracking.uri`` is not kept. A continued run keeps the parameters it started with; the tag ``continued_with_other``
-        names the settings that are different now. ValueError if the run is of another experiment, mlflow.MlflowException if
-        there is none or the store fails.
+    @classmethod
+    def new(cls, uri: str, experiment: str, run_name: str | None) -> Self:
+        """A run in the experiment (made if it is new), of which nothing is logged yet: `go_on` comes first.
+
+        ``uri`` is from ``store.tracking_uri``. ValueError for an experiment that cannot keep it, mlflow.MlflowException if the
+        store fails.
         """
-        self.uri = uri
+        return cls.known(uri, *cls._created(uri, experiment, run_name))
+
+    @classmethod
+    def known(cls, uri: str, experiment_id: str, run_id: str) -> Self:
+        """A run that is there; MLflow is asked nothing before `go_on`."""
+        run = cls.__new__(cls)
+        run._begin(uri, experiment_id, run_id)
+        return run
+
+    def go_on(self, config: dict) -> None:
+        """Log the run's ``config``, the resolved one, of plain values, or go on with a run that has one.
+
+        A password in ``tracking.uri`` is not kept. A continued run keeps the parameters it started with; the tag
+        ``continued_with_other`` names the settings that are different now. mlflow.MlflowException if there is no such run or the
+        store fails.
+        """
         if configured := config["tracking"]["uri"]:
             config = config | {"tracking": config["tracking"] | {"uri": masked(configured)}}
         parameters, text = flattened(config), yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
         tags = {"method": config["surrogate"]["method"], "model": config["model"]["path"], **code_version(CHECKOUT)}
-        make_room(uri)
-        self._client = MlflowClient(uri)
-        if run_id is None:
-            self.experiment_id = self._experiment(experiment)
-            self.run_id: str = self._client.create_run(self.experiment_id, tags=tags, run_name=run_name).info.run_id
+        run = self._client.get_run(self.run_id)
+        if run.data.params:
+            self._client.update_run(self.run_id, status="RUNNING")
+            self.text(text, CONTINUED)
+            other = sorted(k for k in parameters.keys() | run.data.params.keys() if parameters.get(k) != run.data.params.get(k))
+            tags["continued_with_other"] = " ".join(other)
+        else:
             self.text(text, CONFIG)
             self._client.log_batch(self.run_id, params=[Param(k, v) for k, v in parameters.items()], synchronous=True)
-            self._points: set[tuple[str, int]] = set()
-            self._pictures: set[tuple[str, int]] = set()
-            return
-        run = self._client.get_run(run_id)
-        self.run_id, self.experiment_id = run_id, run.info.experiment_id
-        if (its := self._client.get_experiment(self.experiment_id).name) != experiment:
-            raise ValueError(f"the MLflow run {run_id} is of the experiment {its!r}, not of {experiment!r}")
-        self._client.update_run(run_id, status="RUNNING")
-        self.text(text, CONTINUED)
-        other = sorted(k for k in parameters.keys() | run.data.params.keys() if parameters.get(k) != run.data.params.get(k))
-        for key, value in {**tags, "continued_with_other": " ".join(other)}.items():
-            self._client.set_tag(run_id, key, value, synchronous=True)
-        self._points = {(key, p.step) for key in run.data.metrics for p in self._client.get_metric_history(run_id, key)}
-        self._pictures = {_pictured(f.path) for f in self._client.list_artifacts(run_id, "images")}
+        for key, value in tags.items():
+            self._client.set_tag(self.run_id, key, value, synchronous=True)
+        logged = {key: self._client.get_metric_history(self.run_id, key) for key in run.data.metrics}
+        self._points = {(key, point.step) for key, history in logged.items() for point in history}
+        self._pictures = {_pictured(f.path) for f in self._client.list_artifacts(self.run_id, "images")}
+
+    def _begin(self, uri: str, experiment_id: str, run_id: str) -> None:
+        self.uri, self.experiment_id, self.run_id = uri, experiment_id, run_id
+        self._client = MlflowClient(uri)
 
     def metrics(self, values: dict[str, float], step: int, when: int | None = None) -> None:
         """Log the values at a step, all or none; a metric that has a point there already keeps it. ``when`` they were measured
@@ -124,13 +140,16 @@ class TrackedRun:
         command = shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", shown])
         return {"run_id": self.run_id, "page": f"http://127.0.0.1:5000/{page}", "command": command}
 
-    def _experiment(self, name: str) -> str:
-        """The experiment's id; a new one gets an absolute place for its artifacts."""
-        root = artifact_root(self.uri)
-        if name == "Default" and root is not None:  # made with the database, its artifacts are where that happened to be
+    @staticmethod
+    def _created(uri: str, experiment: str, run_name: str | None) -> tuple[str, str]:
+        """Ids of the experiment, of which a new one gets an absolute place for its artifacts, and of a new run."""
+        make_room(uri)
+        client, root = MlflowClient(uri), artifact_root(uri)
+        if experiment == "Default" and root is not None:  # made with the database, its artifacts are where that happened to be
             raise ValueError("MLflow's experiment 'Default' keeps artifacts in a working directory: name another one")
-        found = self._client.get_experiment_by_name(name)
-        return found.experiment_id if found else self._client.create_experiment(name, artifact_location=root)
+        found = client.get_experiment_by_name(experiment)
+        number: str = found.experiment_id if found else client.create_experiment(experiment, artifact_location=root)
+        return number, client.create_run(number, run_name=run_name).info.run_id
 
 
 class _Dumper(yaml.SafeDumper):

@@ -2,8 +2,6 @@
 
 import os
 import re
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 #: MLflow's databases, and its servers.
@@ -32,13 +30,15 @@ def check_server(configured: str | None) -> None:
     uri = tracking_uri(configured)
     if _scheme(uri) not in SERVERS:
         return
-    try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10):
-            return
-    except urllib.error.HTTPError:
-        return  # it answers, if only to those it knows
-    except OSError as error:
-        raise OSError(f"the MLflow server {masked(uri)} does not answer ({error}): start it, or set tracking.uri") from error
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    try:  # as MLflow itself asks, with passwords, certificates and tokens
+        http_request(get_default_host_creds(uri), "/health", "GET", max_retries=0, timeout=10, raise_on_status=False)
+    except (MlflowException, OSError) as error:
+        why = masked(str(error).splitlines()[0])
+        raise OSError(f"the MLflow server {masked(uri)} does not answer ({why}): start it, or set tracking.uri") from None
 
 
 def masked(text: str) -> str:

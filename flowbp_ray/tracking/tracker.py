@@ -20,10 +20,12 @@ from PIL import Image
 
 from flowbp_ray.files import replace_text
 from flowbp_ray.tracking.run import TrackedRun, check_finite
+from flowbp_ray.tracking.store import masked
 
 #: In a run's folder: its MLflow run, all metrics, one JSON object a line, and the pictures of the fixed prompts by version.
-RUN_FILE, METRICS, PREVIEWS, WARNINGS = "mlflow_run_id", "metrics.jsonl", "previews", "warnings.txt"
+RUN_FILE, METRICS, PREVIEWS, WARNINGS = "mlflow_run.json", "metrics.jsonl", "previews", "warnings.txt"
 
+GONE = "RESOURCE_DOES_NOT_EXIST"  # a run that was deleted never takes anything
 AGAIN = 30.0  # seconds until a server that did not answer is asked again
 AT_THE_END = 60.0  # seconds that the end of a run waits for it
 
@@ -36,25 +38,32 @@ class Tracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         self.folder, noted = folder, folder / RUN_FILE
-        known = noted.read_text("utf-8").strip() if noted.exists() else None
-        self.run = TrackedRun(uri, experiment, run_name, config=config, run_id=known)
-        replace_text(noted, f"{self.run.run_id}\n")
+        self.waiting: deque[Callable[[], object]] = deque()
+        self.not_before = 0.0
+        if noted.exists():
+            self.run = TrackedRun.known(uri, **json.loads(noted.read_text("utf-8")))
+        else:
+            self.run = TrackedRun.new(uri, experiment, run_name)
+            ids = {"experiment_id": self.run.experiment_id, "run_id": self.run.run_id}
+            replace_text(noted, json.dumps(ids) + "\n")
+        self._later(self.run.go_on, config)
         self.newest: tuple[int, dict[str, float]] | None = None
         self.durations: dict[int, dict[str, float]] = {}
         self.warned = self._lines(WARNINGS)
-        self.waiting: deque[Callable[[], object]] = deque()
-        self.not_before = 0.0
+        if (folder / METRICS).exists() and not (folder / METRICS).read_text("utf-8").endswith("\n"):
+            with (folder / METRICS).open("a", encoding="utf-8") as file:
+                file.write("\n")
         for line in self._lines(METRICS):
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:
-                continue  # this process ended while it wrote the line: its step is done again
+                continue  # a process ended while it wrote the line; whoever told it so tells it again
             self._time(entry["values"], entry["step"])
             self._later(self.run.metrics, entry["values"], entry["step"], entry["time"])
         for version in self._versions():
             self._show(version)
-        for file in sorted(folder.glob("*.txt")):
-            self._later(self.run.text, file.read_text("utf-8"), file.name)
+        for text in sorted(folder.glob("*.txt")):
+            self._later(self.run.text, text.read_text("utf-8"), text.name)
         self._send()
 
     def info(self) -> dict[str, str]:
@@ -152,9 +161,11 @@ class Tracker:
             try:
                 self.waiting[0]()
             except (MlflowException, OSError) as error:
+                if isinstance(error, MlflowException) and error.error_code == GONE:
+                    raise
                 self.not_before = time.monotonic() + AGAIN
                 said = f"MLflow takes nothing at the moment; training goes on, and what it is owed is sent later: {error}"
-                self.warned += [s for s in [said.splitlines()[0][:300]] if s not in self.warned]
+                self.warned += [s for s in [masked(said.splitlines()[0][:300])] if s not in self.warned]
                 break
             self.waiting.popleft()
         return len(self.waiting)

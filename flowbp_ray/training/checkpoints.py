@@ -7,6 +7,7 @@ they were published) and ``checkpoint_0.json`` (counts, and the size of each fil
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -72,9 +73,15 @@ def write(folder: Path, rank: int, parts: int, state: State, policies: Policies,
         for piece in chunk.pieces
     }
     save_file(published, folder / f"policies_{rank}.safetensors")
-    files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+    # Other workers may be writing to the same folder: what has a number is that one's, and all else the first one's.
+    files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file() and _owner(f) == rank}
     note = {"parts": parts, "progress": asdict(progress), "files": files}
     (folder / f"checkpoint_{rank}.json").write_text(json.dumps(note) + "\n", encoding="utf-8")
+
+
+def _owner(file: Path) -> int:
+    numbered = re.search(r"_(\d+)(_\d+)?\.(safetensors|json|npz)$", file.name)
+    return int(numbered[1]) if numbered else 0
 
 
 def check(folder: Path) -> tuple[Progress, int]:

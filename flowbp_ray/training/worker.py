@@ -238,6 +238,7 @@ def skipped(job: Job, learner: "Learner", step: int, blocks: list[Block]) -> Non
     if learner.rank == 0:
         ray.get(job.tracker.warn.remote([f"after step {step}: {what}"]))
     if row > most:
+        agreed(True, learner)  # all have kept what they had
         raise FloatingPointError(
             f"{what}: train.max_skipped allows {most} in a row; lower train.learning_rate, or compute in float32 (model.dtype)"
         )

@@ -9,13 +9,18 @@ import pytest
 
 from flowbp_ray.config import ConfigError, load
 from pipelines import runs
-from pipelines.align import chosen
+from pipelines.align import arguments, checked, chosen
 
 SPARSE = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
 
 
 def configured(folder, *overrides):
     return load(SPARSE, [f"output={folder}", *overrides])
+
+
+def folder_of(output, *overrides):
+    """Which folder the command would work in."""
+    return checked(arguments([str(SPARSE), f"output={output}", *overrides]))[2]
 
 
 def begun(config, name):
@@ -30,7 +35,8 @@ def listing(version):
 
 def test_the_newest_unfinished_run_of_the_configuration_goes_on(tmp_path):
     config = configured(tmp_path)
-    assert chosen(config, None, False).parent == tmp_path
+    assert chosen(config, None, False) is None
+    assert folder_of(tmp_path).parent == tmp_path
     assert not list(tmp_path.iterdir())
     older, newer = begun(config, "1"), begun(config, "2")
     begun(configured(tmp_path, "train.steps=7"), "3")
@@ -38,7 +44,7 @@ def test_the_newest_unfinished_run_of_the_configuration_goes_on(tmp_path):
     assert chosen(config, None, False) == newer
     runs.finished(newer)
     assert chosen(config, None, False) == older
-    assert chosen(config, None, True) not in (older, newer)
+    assert chosen(config, None, True) is None
     assert chosen(config, newer, False) == newer
 
 
@@ -70,19 +76,20 @@ def test_what_does_not_change_what_is_learned_may_be_other(tmp_path, setting):
 )
 def test_a_run_of_another_configuration_is_not_gone_on_with_and_the_settings_are_named(tmp_path, setting, said):
     folder = begun(configured(tmp_path), "1")
-    other = configured(tmp_path, setting)
-    assert chosen(other, None, False) != folder
+    assert folder_of(tmp_path, setting) != folder
     with pytest.raises(ConfigError, match=said):
-        chosen(other, folder, False)
+        folder_of(tmp_path, setting, "--resume", str(folder))
 
 
 def test_a_named_run_gets_more_steps_but_not_fewer_than_it_has(tmp_path):
     folder = begun(configured(tmp_path), "1")
     (folder / runs.LIST).write_text(listing(40))
     runs.finished(folder)
-    assert chosen(configured(tmp_path, "train.steps=90"), folder, False) == folder
+    assert folder_of(tmp_path, "train.steps=90", "--resume", str(folder)) == folder
+    runs.begin(configured(tmp_path, "train.steps=90"), folder)
+    assert load(folder / runs.CONFIG, []).train.steps == 90
     with pytest.raises(ConfigError, match=r"has 40 steps, more than train\.steps, which is 30"):
-        chosen(configured(tmp_path, "train.steps=30"), folder, False)
+        folder_of(tmp_path, "train.steps=30", "--resume", str(folder))
 
 
 def test_other_prompts_are_found_out(tmp_path):
@@ -92,8 +99,51 @@ def test_other_prompts_are_found_out(tmp_path):
     folder = begun(config, "1")
     runs.begin(config, folder)
     prompts.write_text("a dog\n")
+    assert chosen(config, None, False) is None
     with pytest.raises(ConfigError, match=r"the prompts of .*mine\.txt are others than when the run in .* began"):
         runs.begin(config, folder)
+
+
+def test_the_same_prompts_may_lie_elsewhere(tmp_path):
+    """As in the temporary copies that jobs work in."""
+    found = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("a cat\n")
+        config = configured(tmp_path / "runs", f"prompts.path={tmp_path / name / 'mine.txt'}")
+        found.append(chosen(config, None, False) or begun(config, "1"))
+    assert found[0] == found[1]
+
+
+def test_a_run_goes_on_with_the_commit_that_it_began_with(tmp_path):
+    asked = configured(tmp_path, "model.path=owner/model", "model.revision=main")
+    commit = asked.model_copy(update={"model": asked.model.model_copy(update={"revision": "0123abcd"})})
+    folder = tmp_path / "1"
+    runs.begin(commit, folder, "main")
+    assert chosen(asked, None, False) == folder
+    assert runs.as_begun(asked, folder).model.revision == "0123abcd"
+    other = configured(tmp_path, "model.path=owner/model", "model.revision=v2")
+    assert chosen(other, None, False) is None
+    with pytest.raises(ConfigError, match=r"model\.revision is 'v2', and 'main' of the run in"):
+        runs.as_begun(other, folder)
+
+
+def test_no_password_is_kept_or_said_and_a_new_one_is_the_same_run(tmp_path):
+    def uri(password):
+        return configured(tmp_path, f"tracking.uri=postgresql://me:{password}@host/db")
+
+    folder = begun(uri("secret"), "1")
+    assert "secret" not in (folder / runs.CONFIG).read_text()
+    assert chosen(uri("other"), None, False) == folder
+    assert runs.differing(uri("other"), folder) == {}
+
+
+def test_a_new_run_takes_no_other_ones_checkpoints(tmp_path):
+    config = configured(tmp_path / "runs", f"train.storage=file://{tmp_path}/bucket")
+    (tmp_path / "bucket" / "1").mkdir(parents=True)
+    (tmp_path / "bucket" / "1" / runs.LIST).write_text(listing(5))
+    with pytest.raises(ConfigError, match=r"bucket/1/c5 is another run's: give this one another train\.storage, or its folder"):
+        begun(config, "1")
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

@@ -53,11 +53,15 @@ def start(uri, checkout, monkeypatch, tmp_path):
     monkeypatch.setattr(tracked, "CHECKOUT", checkout)
     folders = iter(range(9))
 
-    def new(config=CONFIG, experiment="tests", **more):
+    def new(config=CONFIG, experiment="tests", after=None):
         folder = tmp_path / f"cwd{next(folders)}"
         folder.mkdir()
         monkeypatch.chdir(folder)
-        return TrackedRun(uri, experiment, "a run", config=config, **more)
+        if after is None:
+            return TrackedRun(uri, experiment, "a run", config=config)
+        run = TrackedRun.known(uri, after.experiment_id, after.run_id)
+        run.go_on(config)
+        return run
 
     yield new
     assert not list(tmp_path.glob("cwd*/*"))  # nothing was written where the process happened to be
@@ -87,7 +91,7 @@ def test_one_point_per_metric_and_step_also_after_continuing(start, client):
     run.metrics({"reward/preference": 0.5, "objective": np.float32(0.25), "eval/base/six tasks": 1}, step=0)
     run.metrics({"reward/preference": 0.75, "reward/judge": 2.0}, step=0)
     run.metrics({"reward/preference": 0.75}, step=1)
-    again = start(run_id=run.run_id)
+    again = start(after=run)
     again.metrics({"reward/preference": 9.0, "objective": 9.0, "grad_norm": 1.5}, step=0)
     again.metrics({"reward/preference": 1.0}, step=2)
     again.metrics({}, step=3)
@@ -143,7 +147,7 @@ def test_continuing_with_other_settings_keeps_the_parameters_and_says_so(start, 
     run = start()
     run.finish("FAILED")
     other = CONFIG | {"train": {"learning_rate": 1e-4, "resume": False, "steps": 9}, "long": "o" * 501}
-    again = start(other, run_id=run.run_id)
+    again = start(other, after=run)
     found = client.get_run(run.run_id)
     assert again.run_id == run.run_id
     assert found.info.status == "RUNNING"
@@ -151,7 +155,7 @@ def test_continuing_with_other_settings_keeps_the_parameters_and_says_so(start, 
     assert found.data.tags["continued_with_other"] == "long train.learning_rate train.steps"
     config = Path(client.download_artifacts(run.run_id, "resolved_config_continued.yaml"))
     assert yaml.safe_load(config.read_text(encoding="utf-8")) == other
-    start(run_id=run.run_id)
+    start(after=run)
     assert client.get_run(run.run_id).data.tags["continued_with_other"] == ""
 
 
@@ -159,7 +163,7 @@ def test_pictures_are_found_by_key_and_step_once(start, client):
     run = start()
     run.picture("previews/a_red-ring.0", PICTURE, step=0)
     run.picture("previews/a_red-ring.0", PICTURE // 2, step=0)
-    again = start(run_id=run.run_id)
+    again = start(after=run)
     again.picture("previews/a_red-ring.0", PICTURE // 2, step=0)
     again.picture("previews/a_red-ring.0", PICTURE[:, ::-1], step=20)
     found, files = images(client, run)
@@ -210,10 +214,10 @@ def test_the_working_directory_does_not_matter_between_calls(start, client, monk
 
 
 def test_what_cannot_be_continued_or_started(start):
+    gone = start()
+    gone.run_id = "0" * 32
     with pytest.raises(MlflowException, match="not found"):
-        start(run_id="0" * 32)
-    with pytest.raises(ValueError, match="is of the experiment 'tests', not of 'others'"):
-        start(experiment="others", run_id=start().run_id)
+        start(after=gone)
     with pytest.raises(ValueError, match="name another one"):
         start(experiment="Default")
 

@@ -67,6 +67,8 @@ def test_training_goes_on_without_it_and_it_gets_every_point_once_in_the_end(ser
             server.kill()
             with pytest.raises(OSError, match=r"the MLflow server http://127.0.0.1:\d+ does not answer .*: start it, or set"):
                 check_server(server.uri)
+        if step == 4:  # another one comes in the place of a tracker that died
+            one = Tracker(server.uri, "tests", None, CONFIG, tmp_path / "run")
         if step == 6:
             server.start()
             time.sleep(1)
