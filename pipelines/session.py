@@ -19,7 +19,6 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.data import DataContext
 from ray.exceptions import RayError, RayTaskError
-from ray.train import PreemptionError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch.distributed import DistError
 from tqdm import tqdm
@@ -252,10 +251,11 @@ def lost(error: BaseException) -> bool:
     if inside := [e for e in inside if isinstance(e, BaseException) and e is not error]:
         return all(map(lost, inside))
     # Workers whose group has lost one say so: NCCL by its own error, gloo of a connection that was closed or reset.
-    collateral = isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-    return (
-        collateral or isinstance(error, PreemptionError) or (isinstance(error, RayError) and not isinstance(error, RayTaskError))
-    )
+    if isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        return True
+    # Ray Train's own words are of workers that do not answer, or that are taken away.
+    of_train = type(error).__module__.startswith("ray.train")
+    return of_train or (isinstance(error, RayError) and not isinstance(error, RayTaskError))
 
 
 def reason(error: BaseException) -> str:
@@ -269,8 +269,11 @@ def reason(error: BaseException) -> str:
     if isinstance(wrapped, BaseException) and wrapped is not error:
         return reason(wrapped)
     text = str(error).strip()
-    if died := re.search(r"class_name: (\w+).*?ip: (\S+)", text, re.DOTALL):  # Ray's page of what it knows of an actor
+    # Ray's pages of what it knows of an actor.
+    if died := re.search(r"class_name: (\w+).*?ip: (\S+)", text, re.DOTALL):
         return f"the process of {died[1]} on {died[2]} died"
+    if silent := re.search(r"Actor\((\w+),.*?node_ip='([^']+)'", text, re.DOTALL):
+        return f"the process of {silent[1]} on {silent[2]} does not answer"
     if "Traceback (most recent call last)" in text or "ray::" in text:  # of an actor that failed as it was made
         name, _, said = text.splitlines()[-1].strip().partition(": ")
         return said if said and " " not in name else text.splitlines()[-1].strip()

@@ -101,6 +101,12 @@ The actor died unexpectedly before finishing this task.
 \tip: 10.0.0.2
 The actor is dead because its worker process has died. Some common causes include: …"""
 
+SILENT = """A worker health check failed.
+Worker info: Worker(
+  actor=Actor(RayTrainWorker, cb9aa9b8),
+  metadata=ActorMetadata(hostname='vm', node_ip='10.0.0.2', pid=1))
+The actor cb9aa9b8 is unavailable."""
+
 
 def remote(error):
     """As Ray hands on what a task raised."""
@@ -123,6 +129,10 @@ def remote(error):
         (
             remote(WorkerGroupError("", {0: RuntimeError(DIED)})),
             "the process of RayTrainWorker on 10.0.0.2 died",
+        ),
+        (
+            remote(WorkerGroupError("", {0: RuntimeError(SILENT)})),
+            "the process of RayTrainWorker on 10.0.0.2 does not answer",
         ),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from flowbp_ray.config import ConfigError, load
 from flowbp_ray.rollouts.asking import GivenUpError
@@ -46,6 +47,7 @@ def remote(error):
 
 
 DIED = ActorDiedError()
+SILENT = WorkerHealthCheckFailedError("A worker health check failed.", failure=DIED)
 CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1234")
 
 
@@ -57,6 +59,10 @@ CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by pee
         (remote(WorkerGroupError("", {0: DIED, 1: CLOSED})), True),
         (remote(WorkerGroupError("", {0: remote(DIED)})), True),
         (remote(ControllerError(DIED)), True),
+        (remote(WorkerGroupError("", {0: SILENT})), True),
+        (remote(WorkerGroupError("", {0: SILENT, 1: CLOSED})), True),
+        (remote(WorkerGroupError("", {0: SILENT, 1: ValueError("bad")})), False),
+        (remote(WorkerGroupError("", {0: GivenUpError("a judge failed 3 times: ConnectionError: refused")})), False),
         (remote(WorkerGroupError("", {0: ValueError("bad"), 1: CLOSED})), False),
         (remote(WorkerGroupError("", {0: remote(GivenUpError("the reward 'x' failed 3 times"))})), False),
         (remote(ControllerError(ValueError("bad"))), False),
