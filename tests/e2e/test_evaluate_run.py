@@ -46,7 +46,7 @@ def command(cluster, tmp_path, monkeypatch, capsys):
         try:
             evaluate.main()
         except SystemExit as end:
-            return end.code
+            return capsys.readouterr().err if end.code == 2 else end.code
         finally:
             signal.signal(signal.SIGTERM, before)
         return capsys.readouterr().out

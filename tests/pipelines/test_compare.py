@@ -35,7 +35,7 @@ def test_all_recipes_are_on_equal_terms(tmp_path):
 
 def test_cells_all_have_the_same_number_of_steps():
     result = run(SPARSE, "watch.stop=true", "--dry-run")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "watch.stop and train.best would end cells after different numbers of steps" in result.stderr
 
 
@@ -49,7 +49,7 @@ def test_cells_all_have_the_same_number_of_steps():
 )
 def test_other_budgets_are_refused(tmp_path, change, sentence):
     result = run(SPARSE, other(tmp_path, change=change), "--dry-run")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "sparse and other are not on equal terms" in result.stderr
     assert sentence in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -57,7 +57,7 @@ def test_other_budgets_are_refused(tmp_path, change, sentence):
 
 def test_more_scored_samples_are_refused(tmp_path):
     result = run(SPARSE, str(FOLDER / "draft_lv.yaml"), "train.batch=48", "--dry-run")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "a step scores 48 and 144 samples" in result.stderr
 
 
@@ -74,6 +74,6 @@ def test_more_scored_samples_are_refused(tmp_path):
 )
 def test_what_is_wrong_is_said(arguments, sentence):
     result = run(*arguments)
-    assert result.returncode != 0
+    assert result.returncode == 2
     assert sentence in result.stderr
     assert "Traceback" not in result.stderr

@@ -21,7 +21,8 @@ def said(monkeypatch, capsys):
         try:
             encode_prompts.main()
         except SystemExit as end:
-            return end.code or capsys.readouterr().out
+            printed = capsys.readouterr()
+            return printed.err.strip() if end.code == 2 else end.code or printed.out
         return capsys.readouterr().out
 
     return run
