@@ -43,12 +43,13 @@ THINGS = [f"{number} {shape}" for number in ("a red", "two", "a") for shape in (
 
 def test_an_alignment_with_embeddings_learns_what_it_learns_without(cluster, tmp_path, monkeypatch, capsys):
     prompts = [f"{one} above {other}" for one in THINGS for other in THINGS[:5]]
-    (tmp_path / "prompts.txt").write_text("\n".join([*prompts, *prompts[:9]]), encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    (tmp_path / "evaluation.txt").write_text("\n".join([*prompts, *prompts[:9]]), encoding="utf-8")
     settings = [
         *SMALL,
         f"model.path={tiny.saved(tiny.sd3, tmp_path / 'model')}",
         f"prompts.path={tmp_path}/prompts.txt",
-        f"evaluation.prompts={tmp_path}/prompts.txt",
+        f"evaluation.prompts={tmp_path}/evaluation.txt",
         f"output={tmp_path}",
         f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
     ]

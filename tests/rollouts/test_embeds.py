@@ -34,7 +34,7 @@ SMALL = (
     "evaluation.per_task=4",
     "evaluation.preview_prompts=4",
 )
-TRAINING, EVALUATION = ["a red ring", "two circles", "a red ring", "a ring above a cross"], ["two circles", "a cross"]
+TRAINING, EVALUATION = ["a red ring", "two circles", "a ring above a cross"], ["two circles", "a cross"]
 WANTED = ["a red ring", "two circles", "a ring above a cross", "a cross", ""]
 
 
