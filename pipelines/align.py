@@ -53,7 +53,8 @@ def main() -> None:
             return
         check_server(config.tracking.uri)
         from pipelines.alignment import align
-        from pipelines.session import cluster, reason
+        from pipelines.causes import reason
+        from pipelines.session import cluster
     except (ConfigError, ValueError, OSError) as error:
         refuse(error)
     except KeyboardInterrupt:

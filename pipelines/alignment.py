@@ -27,8 +27,9 @@ from flowbp_ray.shapes.evaluation import Score
 from flowbp_ray.tracking.tracker import WARNINGS
 from flowbp_ray.training import EXPORT_FILE, NOTE_FILE
 from flowbp_ray.training.worker import Job, train_loop
+from pipelines.causes import lost, reason
 from pipelines.runs import Kept
-from pipelines.session import Session, lost, on_this_node, progress, reason, session
+from pipelines.session import Session, on_this_node, progress, session
 
 PATIENCE = 180  # seconds without a first step, after which the user is told what may be missing
 

@@ -102,7 +102,7 @@ def main() -> None:
             f"samples a step and {pictures} pictures to evaluate, and the base's. Results: {folder}. Nothing was started."
         )
         return
-    from pipelines.session import reason
+    from pipelines.causes import reason
 
     try:
         compare(planned, folder, args.seeds)

@@ -46,7 +46,8 @@ def main() -> None:
             print(intended(config, folder))
             return
         from flowbp_ray.rollouts import embeds
-        from pipelines.session import cluster, reason
+        from pipelines.causes import reason
+        from pipelines.session import cluster
 
         prompts = embeds.wanted(config)
         missing = embeds.start(config, folder).missing(prompts)

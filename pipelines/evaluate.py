@@ -81,7 +81,8 @@ def main() -> None:
                 print(json.dumps(protocol, indent=1))
                 print(f"{pictures} pictures to {folder}. Nothing was started.")
                 return
-            from pipelines.session import cluster, reason
+            from pipelines.causes import reason
+            from pipelines.session import cluster
         except (ConfigError, ValueError, OSError) as error:
             refuse(error)
         except KeyboardInterrupt:
@@ -213,7 +214,8 @@ def evaluated(config: AlignConfig, adapter: Path | None, folder: Path, number: i
     """All pictures, sampled and judged on the connected cluster."""
     from flowbp_ray.rollouts.evaluation import evaluate
     from pipelines.report import write
-    from pipelines.session import progress, quiet_streams, rewarding
+    from pipelines.rewarding import rewarding
+    from pipelines.session import progress, quiet_streams
 
     quiet_streams()
     with rewarding(config, f"rewards-{folder.name}") as rewards, progress(number, "evaluate", "picture") as bar:

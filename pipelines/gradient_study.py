@@ -78,7 +78,7 @@ def main() -> None:
     from pipelines import quiet_libraries
 
     quiet_libraries()
-    from pipelines.session import reason
+    from pipelines.causes import reason
 
     folder = (args.output or config.output / f"{time.strftime('%Y%m%d-%H%M%S')}-gradient_study").expanduser().absolute()
     try:

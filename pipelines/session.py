@@ -1,16 +1,13 @@
-"""What every command has on a Ray cluster: the connection, an MLflow run, the rewards, and one sentence for what goes wrong."""
+"""What every command has on a Ray cluster: the connection, streams, bars, and for a run its folder, MLflow run and rewards."""
 
 import contextlib
 import json
 import logging
 import math
 import os
-import re
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,17 +15,15 @@ import ray
 from ray import serve
 from ray.actor import ActorHandle
 from ray.data import DataContext
-from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from torch.distributed import DistError
 from tqdm import tqdm
 
 from flowbp_ray.config import AlignConfig, ConfigError
-from flowbp_ray.rollouts.stages import service
 from flowbp_ray.tracking.store import tracking_uri
 from flowbp_ray.tracking.tracker import Tracker
 from pipelines import runs
-from serve.rewards import OWNERS, application, description
+from pipelines.causes import clean_up
+from pipelines.rewarding import rewarding
 
 
 def connect(config: AlignConfig) -> None:
@@ -124,7 +119,7 @@ def session(config: AlignConfig, folder: Path) -> Iterator[Session]:
 
         embeds.check(config)
     quiet_streams()
-    runs.begin(config, folder)
+    runs.begin(config, folder, config.model.revision)
     with runs.alone(folder):
         uri = tracking_uri(config.tracking.uri)
         tracker = (
@@ -157,81 +152,6 @@ def session(config: AlignConfig, folder: Path) -> Iterator[Session]:
         runs.finished(folder)
 
 
-class Owner:
-    """Dies with the driver, however that ends, and lets its reward application know."""
-
-
-@contextlib.contextmanager
-def rewarding(config: AlignConfig, own: str) -> Iterator[str]:
-    """The name of the application that scores: the running one of the configuration, or a new one of the name ``own``, which is
-    started again whenever it is gone, and removed at the end."""
-    if config.reward.application:
-        check_application(config, config.reward.application)
-        yield config.reward.application
-        return
-    if own in serve.status().applications:
-        serve.delete(own)  # of a driver that was killed
-    owner = make_owner(own)  # the handle is what keeps it
-    try:
-        serve.run(application(config, own), name=own, route_prefix=None)
-        ended = threading.Event()
-        watch = threading.Thread(target=revive, args=(config, own, ended), daemon=True)
-        watch.start()
-        try:
-            yield own
-        finally:
-            ended.set()
-    finally:
-        clean_up("remove the reward service", lambda: serve.delete(own))
-        ray.kill(owner)  # what `revive` may have started just now ends by itself
-
-
-def make_owner(name: str) -> ActorHandle:
-    """The owner of an application; ConfigError if it has one that does not go away, as a killed driver's does in seconds."""
-    for _ in range(60):
-        try:
-            owner = ray.remote(Owner).options(name=name, namespace=OWNERS, num_cpus=0, max_restarts=-1).remote()
-            ray.get(owner.__ray_ready__.remote())
-            return owner
-        except ValueError:
-            time.sleep(0.5)
-    raise ConfigError(f"another driver on this cluster has the application {name}: wait for it or stop it")
-
-
-def revive(config: AlignConfig, own: str, ended: threading.Event) -> None:
-    """Start the reward application again whenever it is gone as a whole; its parts are Ray Serve's business."""
-    while not ended.wait(2):
-        try:
-            if own not in serve.status().applications and not ended.is_set():
-                print(f"the reward application {own} is gone: starting it again", file=sys.stderr)
-                serve.run(application(config, own), name=own, route_prefix=None)
-        except Exception as error:  # Serve's controller may be gone too, for a while: it is asked again
-            logging.getLogger(__name__).debug("the reward application cannot be looked after: %s", error)
-
-
-def check_application(config: AlignConfig, name: str) -> None:
-    """ConfigError unless an application of the name runs here and scores as the configuration says."""
-    running = serve.status().applications
-    if name not in running:
-        raise ConfigError(f"reward.application is {name!r}, but on this cluster Ray Serve runs {', '.join(running) or 'none'}")
-    theirs, ours = service(name).describe.remote().result(timeout_s=60), description(config.model, config.reward)
-    for key in ("decoder", "model"):
-        if theirs[key] != ours[key]:
-            raise ConfigError(f"the reward application {name!r} has the {key} {theirs[key]}, this configuration {ours[key]}")
-    for component, what in ours["components"].items():
-        if theirs["components"].get(component) != what:
-            there = theirs["components"].get(component, "none of that name")
-            raise ConfigError(f"the component {component!r} is {what}, and in the reward application {name!r} {there}")
-
-
-def clean_up(what: str, do: Callable[[], object]) -> None:
-    """Do it; where that fails, say so, and let what came before be the error."""
-    try:
-        do()
-    except Exception as error:
-        print(f"could not {what}: {reason(error)}", file=sys.stderr)
-
-
 def on_this_node() -> NodeAffinitySchedulingStrategy:
     """For what needs the driver's own disk."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -240,41 +160,3 @@ def on_this_node() -> NodeAffinitySchedulingStrategy:
 def progress(total: int, what: str, unit: str, done: int = 0) -> tqdm:
     """A bar; in a log, where each state of it is a line of its own, it moves twice a minute."""
     return tqdm(total=total, desc=what, unit=unit, initial=done, mininterval=0.5 if sys.stderr.isatty() else 30)
-
-
-def lost(error: BaseException) -> bool:
-    """Whether all that went wrong is that a process or machine was lost: what a new attempt may not meet."""
-    failures = list(getattr(error, "worker_failures", {}).values())
-    inside = failures or [e for e in (getattr(error, "controller_failure", None), getattr(error, "cause", None)) if e is not None]
-    if not inside and error.__cause__ is not None and type(error).__module__.partition(".")[0] == "ray":
-        inside = [error.__cause__]
-    if inside := [e for e in inside if isinstance(e, BaseException) and e is not error]:
-        return all(map(lost, inside))
-    # Workers whose group has lost one say so: NCCL by its own error, gloo of a connection that was closed or reset.
-    if isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-        return True
-    # Ray Train's own words are of workers that do not answer, or that are taken away.
-    of_train = type(error).__module__.startswith("ray.train")
-    return of_train or (isinstance(error, RayError) and not isinstance(error, RayTaskError))
-
-
-def reason(error: BaseException) -> str:
-    """The sentence below Ray's nested errors and remote tracebacks."""
-    failures = list(getattr(error, "worker_failures", {}).values())
-    # A worker that lost another one says so, and not why that one ended.
-    failures.sort(key=lambda failure: "onnection" in str(failure))
-    wrapped = failures[0] if failures else getattr(error, "controller_failure", None) or getattr(error, "cause", None)
-    if wrapped is None and type(error).__module__.partition(".")[0] == "ray":
-        wrapped = error.__cause__
-    if isinstance(wrapped, BaseException) and wrapped is not error:
-        return reason(wrapped)
-    text = str(error).strip()
-    # Ray's pages of what it knows of an actor.
-    if died := re.search(r"class_name: (\w+).*?ip: (\S+)", text, re.DOTALL):
-        return f"the process of {died[1]} on {died[2]} died"
-    if silent := re.search(r"Actor\((\w+),.*?node_ip='([^']+)'", text, re.DOTALL):
-        return f"the process of {silent[1]} on {silent[2]} does not answer"
-    if "Traceback (most recent call last)" in text or "ray::" in text:  # of an actor that failed as it was made
-        name, _, said = text.splitlines()[-1].strip().partition(": ")
-        return said if said and " " not in name else text.splitlines()[-1].strip()
-    return text if text and not isinstance(error, LookupError) else f"{type(error).__name__}: {text}"

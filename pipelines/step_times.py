@@ -81,7 +81,8 @@ def measure(args: argparse.Namespace, store: Path) -> None:
         refuse(error)
     from pipelines import quiet_libraries
     from pipelines.alignment import align
-    from pipelines.session import cluster, reason
+    from pipelines.causes import reason
+    from pipelines.session import cluster
 
     quiet_libraries()
     head = ["policy_lag", *STAGES, "step", "orchestration", "its share"]

@@ -17,7 +17,7 @@ from flowbp_ray.backbones.sd3 import SD3Backbone
 from flowbp_ray.config import load
 from flowbp_ray.training import adapter
 from pipelines.alignment import align
-from pipelines.session import reason
+from pipelines.causes import reason
 
 CONFIG = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
 SMALL = (

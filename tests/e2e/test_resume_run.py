@@ -18,7 +18,7 @@ from flowbp_ray.config import load
 from flowbp_ray.training.learner import Learner
 from pipelines import alignment, runs
 from pipelines.alignment import align
-from pipelines.session import lost, reason
+from pipelines.causes import lost, reason
 
 pytestmark = pytest.mark.slow
 

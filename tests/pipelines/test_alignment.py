@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ray.exceptions import RayTaskError
-from ray.train import ControllerError, WorkerGroupError
 from tqdm import tqdm
 
 from flowbp_ray.config import ConfigError, load
@@ -14,7 +12,6 @@ from flowbp_ray.rollouts.evaluation import differences, scores
 from flowbp_ray.rollouts.prompts import pictured
 from flowbp_ray.shapes.captions import TASKS
 from pipelines.alignment import before_after, follow, previewed, table
-from pipelines.session import reason
 
 SPARSE = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
 CONFIG = load(SPARSE, [])
@@ -92,55 +89,3 @@ def test_a_file_of_prompts_is_judged_by_the_rewards_alone(tmp_path):
 def test_the_checker_reads_its_own_size_alone():
     with pytest.raises(ConfigError, match=r"or evaluation\.prompts to a file"):
         load(SPARSE, ["sampling.width=96"])
-
-
-DIED = """A worker health check failed.
-The actor died unexpectedly before finishing this task.
-\tclass_name: RayTrainWorker
-\tpid: 1
-\tip: 10.0.0.2
-The actor is dead because its worker process has died. Some common causes include: …"""
-
-SILENT = """A worker health check failed.
-Worker info: Worker(
-  actor=Actor(RayTrainWorker, cb9aa9b8),
-  metadata=ActorMetadata(hostname='vm', node_ip='10.0.0.2', pid=1))
-The actor cb9aa9b8 is unavailable."""
-
-
-def remote(error):
-    """As Ray hands on what a task raised."""
-    return RayTaskError("fit", "Traceback (most recent call last): ...", error).as_instanceof_cause()
-
-
-@pytest.mark.parametrize(
-    ("error", "sentence"),
-    [
-        (ValueError("prompts.jsonl, line 2: write one object a line"), "prompts.jsonl, line 2: write one object a line"),
-        (remote(ValueError("too long")), "too long"),
-        (remote(ControllerError(remote(ValueError("too long")))), "too long"),
-        (remote(WorkerGroupError("", {0: RuntimeError("Connection closed by peer"), 1: ValueError("not finite")})), "not finite"),
-        (KeyError("nothing"), "KeyError: 'nothing'"),
-        (
-            RuntimeError("Deploying failed:\nTraceback (most recent call last):\n  f()\nOSError: no model in x: y"),
-            "no model in x: y",
-        ),
-        (RuntimeError(), "RuntimeError: "),
-        (
-            remote(WorkerGroupError("", {0: RuntimeError(DIED)})),
-            "the process of RayTrainWorker on 10.0.0.2 died",
-        ),
-        (
-            remote(WorkerGroupError("", {0: RuntimeError(SILENT)})),
-            "the process of RayTrainWorker on 10.0.0.2 does not answer",
-        ),
-    ],
-)
-def test_one_sentence_for_whatever_went_wrong(error, sentence):
-    assert reason(error) == sentence
-
-
-def test_the_sentence_is_the_one_that_was_written_and_not_what_caused_it():
-    error = ValueError("state.json has no step: it is no checkpoint")
-    error.__cause__ = KeyError("step")
-    assert reason(remote(error)) == "state.json has no step: it is no checkpoint"

@@ -14,7 +14,7 @@ from flowbp_ray.config import ConfigError, load
 from flowbp_ray.rewards.clip import CLIPScore
 from flowbp_ray.rollouts.asking import GivenUpError, Request
 from flowbp_ray.rollouts.stages import service
-from pipelines.session import check_application
+from pipelines.rewarding import check_application
 from serve.rewards import application, here
 
 PROMPTS = ["a red ring", "three circles", "a blue square left of a cross"]
