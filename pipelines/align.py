@@ -61,7 +61,7 @@ def main() -> None:
         sys.exit("\ninterrupted: nothing was started")
 
     if (folder / runs.BEGAN).exists():
-        print(f"going on with the run in {folder}, which was not finished (--new starts another one)")
+        print(f"going on with the run in {folder} (--new starts another one)")
     again = "the same command goes on with it"
     try:
         with cluster(config):
@@ -76,7 +76,7 @@ def main() -> None:
     except Exception as error:  # the boundary to the user: one sentence in place of pages of remote tracebacks
         if not folder.exists():
             sys.exit(f"\nstopped: {reason(error)}")
-        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        (folder / "error.txt").write_text(masked(traceback.format_exc()), encoding="utf-8")
         where = f"all of the error is in {folder / 'error.txt'}"
         sys.exit(f"\nstopped: {reason(error)}\n{latest_checkpoint(config, folder)}; {again}; {where}")
     print()

@@ -10,58 +10,25 @@ checkpoint is other than the undisturbed run's, what was left running, and how l
 """
 
 import argparse
+import hashlib
 import json
-import os
 import random
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
-import uuid
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
 
-from flowbp_ray.config import AlignConfig, ConfigError, dump, load
-from pipelines import files_and_overrides, refuse
+from flowbp_ray.config import AlignConfig, ConfigError
+from pipelines import refuse
 from pipelines.align import interrupt
+from pipelines.machines import PROCESSES, Command, Machines, kept_in, newest, small
 
-ROOT = Path(__file__).resolve().parents[1]
-SPARSE = ROOT / "configs" / "shapes" / "sparse.yaml"
-#: A run of a minute; overrides change it.
-SMALL = (
-    "train.steps=8",
-    "train.batch=4",
-    "train.micro_batch=2",
-    "train.checkpoint_every=2",
-    "sampling.steps=6",
-    "evaluation.per_task=1",
-    "evaluation.before=false",
-    "evaluation.preview_every=4",
-    "evaluation.preview_prompts=2",
-    "cluster.samplers=2",
-    "cluster.sampler_cpus=0.5",
-    "cluster.trainer_cpus=0.5",
-    "cluster.reward_cpus=0.5",
-)
-#: Parts, by what Ray calls their processes. The first three need no command of their own to be killed.
-PROCESSES = {
-    "sampler": "SamplerStage)",
-    "reward stage": "RewardStage)",
-    "admission": "Admission)",
-    "reward replica": "ray::ServeReplica:rewards-",
-    "train worker": "ray::RayTrainWorker",
-    "train controller": "ray::TrainController",
-    "policy store": "ray::PolicyStore",
-    "tracker": "ray::Tracker",
-}
+#: What is killed.
 ROLES = (*PROCESSES, "reward application", "driver", "worker node")
-MARK = "FLOWBP_CHAOS"
-PATIENCE = 600  # seconds for a run to get on
 
 
 @dataclass(frozen=True)
@@ -96,17 +63,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES), metavar="ROLE", help=f"of {', '.join(ROLES)}")
     parser.add_argument("--seed", type=int, default=0, help="of parts, steps and moments (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="folder of runs and results (default: chaos/ beside the runs)")
-    args = parser.parse_intermixed_args()
-    args.files, args.overrides = files_and_overrides(args.given)
-    return args
+    return parser.parse_intermixed_args()
 
 
 def main() -> None:
     """Run, kill, compare."""
     args = arguments()
     try:
-        files = args.files or [SPARSE]
-        config = load(files[0], [*SMALL, *args.overrides], files[1:])
+        config = small(args.given)
         if args.kills < 1 or not 1 <= args.per_run < config.train.steps:
             raise ConfigError(f"--kills {args.kills} --per-run {args.per_run}: at least one, and fewer than steps in a run")
     except (ConfigError, OSError) as error:
@@ -129,8 +93,9 @@ def main() -> None:
                 print(f"run {number} of {len(planned)}: {', '.join(roles)}")
                 found, done = run(config, folder, number, roles, machines, randomly)
                 kills += done
-                lines += [f"run {number} ({', '.join(roles)}): {line}" for line in different(undisturbed, found)]
-                print("  " + ("\n  ".join(lines[-3:]) if lines else "nothing is different"))
+                said = different(undisturbed, found)
+                lines += [f"run {number} ({', '.join(roles)}): {line}" for line in said]
+                print("  " + ("\n  ".join(said) or "nothing is different"))
                 (folder / "kills.json").write_text(json.dumps([asdict(k) for k in kills], indent=1) + "\n", encoding="utf-8")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: nothing runs any more")
@@ -141,110 +106,6 @@ def main() -> None:
         sys.exit(1)
 
 
-class Machines:
-    """A head, where commands run, and two workers, where all else does, as raylets on this machine."""
-
-    def __enter__(self) -> Self:
-        import ray
-        from ray import serve
-        from ray.cluster_utils import Cluster
-
-        self.mark = uuid.uuid4().hex
-        os.environ[MARK] = self.mark  # which all of the cluster's processes inherit
-        os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - so Ray spells it
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        self.workers = [self.cluster.add_node(num_cpus=4) for _ in range(2)]
-        ray.init(address=self.cluster.address, log_to_driver=False, logging_level="error")
-        serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        import ray
-        from ray import serve
-
-        serve.shutdown()
-        ray.shutdown()
-        self.cluster.shutdown()
-        for number in [pid for pid, _ in self.processes() if pid != os.getpid()]:
-            os.kill(number, signal.SIGKILL)
-        del os.environ[MARK]
-
-    def processes(self) -> Iterator[tuple[int, str]]:
-        """Numbers and command lines of what belongs to this cluster."""
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                if f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes():
-                    yield int(entry.name), (entry / "cmdline").read_text("utf-8", "replace").replace("\0", " ").strip()
-            except OSError:
-                continue  # it ended meanwhile, or is not ours
-
-    def kill(self, role: str, randomly: random.Random, command: "Command") -> None:
-        """Kill a process of a role, as soon as there is one. RuntimeError if the command ends before."""
-        while not (found := [pid for pid, line in self.processes() if line.startswith("ray::") and PROCESSES[role] in line]):
-            if command.process.poll() is not None:
-                raise RuntimeError(f"the run ended before there was a {role} to kill: give it more train.steps")
-            time.sleep(0.05)
-        os.kill(randomly.choice(found), signal.SIGKILL)
-
-    def lose(self, randomly: random.Random) -> None:
-        """Lose a worker node with all that is on it; another one comes in its place."""
-        node = self.workers.pop(randomly.randrange(2))
-        self.cluster.remove_node(node, allow_graceful=False)
-        self.workers.append(self.cluster.add_node(num_cpus=4))
-
-    def orphans(self) -> list[str]:
-        """What of a run is still there some seconds after it ended."""
-        import ray
-        from ray import serve
-
-        for _ in range(30):
-            found = [
-                line for _, line in self.processes() if line.startswith("ray::") and any(p in line for p in PROCESSES.values())
-            ]
-            groups = ray.util.placement_group_table().values()
-            found += [f"placement group {g['placement_group_id']}" for g in groups if g["state"] != "REMOVED"]
-            found += [f"application {name}" for name in serve.status().applications]
-            if not found:
-                break
-            time.sleep(1)
-        return found
-
-
-class Command:
-    """An alignment as a person starts it, and starts it again where it was killed."""
-
-    def __init__(self, config: AlignConfig, folder: Path, machines: Machines) -> None:
-        file = folder / "config.yaml"
-        file.write_text(dump(config), encoding="utf-8")
-        self.command = [sys.executable, "-m", "pipelines.align", str(file)]
-        self.environment = os.environ | {"RAY_ADDRESS": machines.cluster.address}
-        self.place, self.log = folder, (folder / "output.txt").open("a", encoding="utf-8")
-        self.start()
-
-    def start(self) -> None:
-        """Give the command."""
-        self.process = subprocess.Popen(
-            self.command, stdout=self.log, stderr=subprocess.STDOUT, cwd=ROOT, env=self.environment, start_new_session=True
-        )
-
-    def kill(self) -> None:
-        """Kill it, as the kernel does when memory is short, and give it again."""
-        self.process.kill()
-        self.process.wait()
-        self.start()
-
-    def wait_for(self, step: int | None) -> None:
-        """Return when a step is done or the command ended; None waits for its end. RuntimeError if it takes too long, or the
-        command fails."""
-        began = time.monotonic()
-        while self.process.poll() is None and (step is None or newest(self.place) < step):
-            if time.monotonic() - began > PATIENCE:
-                raise RuntimeError(f"nothing came for {PATIENCE} s: see {self.log.name}")
-            time.sleep(0.1)
-        if self.process.poll():
-            raise RuntimeError(f"a run ended with exit code {self.process.returncode}: see {self.log.name}")
-
-
 def run(
     config: AlignConfig, folder: Path, number: int, roles: list[str], machines: Machines, randomly: random.Random
 ) -> tuple[Left, list[Kill]]:
@@ -253,16 +114,11 @@ def run(
 
     place = folder / "runs" / f"{number:03d}"
     place.mkdir(parents=True)
-    own = config.model_copy(
-        update={
-            "output": place / "runs",
-            "tracking": config.tracking.model_copy(update={"uri": f"sqlite:///{place}/mlflow.db"}),
-        }
-    )
+    own = kept_in(place, config)
     # Its first step may be the one that is waited for longest, and after the last one nothing would come.
     steps = sorted(randomly.sample(range(config.train.steps - 1), len(roles)))
     kills = []
-    command = Command(own, place, machines)
+    command = Command(place, machines)
     try:
         for role, step in zip(roles, steps, strict=True):
             command.wait_for(step)
@@ -286,25 +142,8 @@ def run(
     return left(own, machines), kills
 
 
-def metrics(place: Path) -> list[dict[str, Any]]:
-    """What the run's tracker has been given so far."""
-    found = []
-    for file in place.glob("runs/*/metrics.jsonl"):
-        for line in file.read_text("utf-8").splitlines():
-            if line.endswith("}}"):
-                found.append(json.loads(line))
-    return found
-
-
-def newest(place: Path) -> int:
-    """The last step that was done; −1 before the first."""
-    return max((entry["step"] for entry in metrics(place) if "objective" in entry["values"]), default=-1)
-
-
 def left(config: AlignConfig, machines: Machines) -> Left:
     """What a finished run left."""
-    import hashlib
-
     from mlflow import MlflowClient
 
     from flowbp_ray.tracking.tracker import RUN_FILE

@@ -98,7 +98,7 @@ def main() -> None:
         except ConfigError as error:  # of what the cluster is, or runs
             refuse(error)
         except Exception as error:  # the boundary to the user, as in align
-            (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            (folder / "error.txt").write_text(masked(traceback.format_exc()), encoding="utf-8")
             sys.exit(f"\nstopped: {reason(error)}\nall of the error is in {folder / 'error.txt'}; the same command goes on")
 
 

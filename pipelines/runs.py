@@ -98,7 +98,7 @@ def check(config: AlignConfig, folder: Path) -> None:
         raise ConfigError(f"the run in {folder} has {reached} steps, more than train.steps, which is {config.train.steps}")
 
 
-def begin(config: AlignConfig, folder: Path, asked: str | None = None) -> None:
+def begin(config: AlignConfig, folder: Path, asked: str | None) -> None:
     """Make the folder what a run begins or goes on with; ``asked`` is the model's revision before it was pinned.
 
     Errors as `check`'s; ConfigError too where the storage has another run's checkpoints by the folder's name.
@@ -107,16 +107,17 @@ def begin(config: AlignConfig, folder: Path, asked: str | None = None) -> None:
     if (folder / BEGAN).exists():
         check(config, folder)
         replace_text(folder / CONFIG, masked(dump(config)))
+        _note(folder, **_began(folder) | {"finished": False})
         return
     if there := Kept(config, folder).newest:
         raise ConfigError(f"{there.path} is another run's: give this one another train.storage, or its folder another name")
     replace_text(folder / CONFIG, masked(dump(config)))
-    replace_text(folder / BEGAN, json.dumps({"prompts": _digest(config), "revision": asked, "finished": False}) + "\n")
+    _note(folder, prompts=_digest(config), revision=asked, finished=False)
 
 
 def finished(folder: Path) -> None:
     """The run has nothing left to do."""
-    replace_text(folder / BEGAN, json.dumps(_began(folder) | {"finished": True}) + "\n")
+    _note(folder, **_began(folder) | {"finished": True})
 
 
 @contextlib.contextmanager
@@ -143,7 +144,11 @@ class Kept:
     """Ray Train's checkpoints of a run, where its storage is."""
 
     def __init__(self, config: AlignConfig, folder: Path) -> None:
-        self.storage = config.train.storage or str(folder.parent)
+        if config.train.storage is None:
+            self.storage, self.path = str(folder.parent), str(folder)
+            self.filesystem, self.root = fs.LocalFileSystem(), str(folder)
+            return
+        self.storage = config.train.storage
         at, question, options = self.storage.partition("?")  # as of s3://bucket/folder?endpoint_override=…
         self.path = f"{at.rstrip('/')}/{folder.name}"
         self.filesystem, self.root = fs.FileSystem.from_uri(f"{self.path}{question}{options}")
@@ -181,6 +186,10 @@ class Kept:
         except (FileNotFoundError, json.JSONDecodeError):
             return None
         return listed
+
+
+def _note(folder: Path, **began: Any) -> None:
+    replace_text(folder / BEGAN, json.dumps(began) + "\n")
 
 
 def _began(folder: Path) -> dict[str, Any]:

@@ -9,10 +9,8 @@ second half, when all has warmed up; it is written to soak/ beside the runs, wit
 
 import argparse
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -21,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from flowbp_ray.config import ConfigError, dump, load
-from pipelines import files_and_overrides, refuse
+from flowbp_ray.config import ConfigError
+from pipelines import refuse
 from pipelines.align import interrupt
-from pipelines.chaos import ROOT, SMALL, SPARSE, newest
+from pipelines.machines import Command, kept_in, newest, small
 
 EVERY = 5.0  # seconds between samples
 #: A role is what Ray calls the process, without the method that it is in.
@@ -42,35 +40,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1000, help="of the alignment (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="stop after so many, whatever the steps")
     parser.add_argument("--output", type=Path, help="folder of results (default: soak/ beside the runs)")
-    args = parser.parse_intermixed_args()
-    args.files, args.overrides = files_and_overrides(args.given)
-    return args
+    return parser.parse_intermixed_args()
 
 
 def main() -> None:
     """Run, look, tell."""
     args = arguments()
+    longer = ("train.checkpoint_every=50", "train.keep_checkpoints=2", "evaluation.preview_every=50")
     try:
-        files = args.files or [SPARSE]
-        longer = (
-            f"train.steps={args.steps}",
-            "train.checkpoint_every=50",
-            "train.keep_checkpoints=2",
-            "evaluation.preview_every=50",
-        )
-        config = load(files[0], [*SMALL, *longer, *args.overrides], files[1:])
+        config = small(args.given, f"train.steps={args.steps}", *longer)
     except (ConfigError, OSError) as error:
         refuse(error)
     folder = (args.output or config.output.parent / "soak").expanduser().absolute() / time.strftime("%Y%m%d-%H%M%S")
     folder.mkdir(parents=True)
-    tracking = config.tracking.model_copy(update={"uri": f"sqlite:///{folder}/mlflow.db"})
-    config = config.model_copy(update={"output": folder / "runs", "tracking": tracking})
-    (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
-    command = [sys.executable, "-m", "pipelines.align", str(folder / "config.yaml")]
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    kept_in(folder, config)
     print(f"samples go to {folder / 'samples.jsonl'}")
-    with (folder / "output.txt").open("w") as log:
-        run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True)
+    run = Command(folder).process
     signal.signal(signal.SIGTERM, interrupt)
     began = time.monotonic()
     try:
@@ -82,9 +67,12 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nended early", file=sys.stderr)
     finally:
-        if run.poll() is None:
+        failed = bool(run.poll())
+        if run.returncode is None:
             run.terminate()  # which ends it as Ctrl-C does
         run.wait()
+    if failed or not (folder / "samples.jsonl").exists():
+        sys.exit(f"the run ended before it was long enough: see {folder / 'output.txt'}")
     text = table(folder)
     (folder / "table.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\nwritten to {folder / 'table.md'}")

@@ -171,7 +171,7 @@ def continued(folder: Path) -> Iterator[list[str]]:
     """Runs that cannot go on so."""
     config = load(SPARSE, [f"output={folder}"])
     run = folder / "run"
-    runs.begin(config, run)
+    runs.begin(config, run, None)
     align.checked(align.arguments([str(SPARSE), "--resume", str(run)]))
     for other in (
         "train.learning_rate=1",

@@ -12,7 +12,7 @@ from flowbp_ray.config import paths
 from flowbp_ray.config.schema import AlignConfig
 from flowbp_ray.training import EXPORT_FILE, NOTE_FILE
 
-#: The pipelines that can be aligned.
+#: The pipelines that can be aligned: the names in `flowbp_ray.backbones`, which imports torch.
 FAMILIES = ("StableDiffusion3Pipeline", "FluxPipeline", "Flux2KleinPipeline", "ZImagePipeline")
 #: Files that may run code when they are read.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

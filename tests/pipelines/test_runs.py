@@ -25,7 +25,7 @@ def folder_of(output, *overrides):
 
 def begun(config, name):
     folder = config.output / name
-    runs.begin(config, folder)
+    runs.begin(config, folder, None)
     return folder
 
 
@@ -86,8 +86,9 @@ def test_a_named_run_gets_more_steps_but_not_fewer_than_it_has(tmp_path):
     (folder / runs.LIST).write_text(listing(40))
     runs.finished(folder)
     assert folder_of(tmp_path, "train.steps=90", "--resume", str(folder)) == folder
-    runs.begin(configured(tmp_path, "train.steps=90"), folder)
+    runs.begin(configured(tmp_path, "train.steps=90"), folder, None)
     assert load(folder / runs.CONFIG, []).train.steps == 90
+    assert chosen(configured(tmp_path, "train.steps=90"), None, False) == folder  # if that is interrupted
     with pytest.raises(ConfigError, match=r"has 40 steps, more than train\.steps, which is 30"):
         folder_of(tmp_path, "train.steps=30", "--resume", str(folder))
 
@@ -97,11 +98,11 @@ def test_other_prompts_are_found_out(tmp_path):
     prompts.write_text("a cat\n")
     config = configured(tmp_path / "runs", f"prompts.path={prompts}")
     folder = begun(config, "1")
-    runs.begin(config, folder)
+    runs.begin(config, folder, None)
     prompts.write_text("a dog\n")
     assert chosen(config, None, False) is None
     with pytest.raises(ConfigError, match=r"the prompts of .*mine\.txt are others than when the run in .* began"):
-        runs.begin(config, folder)
+        runs.begin(config, folder, None)
 
 
 def test_the_same_prompts_may_lie_elsewhere(tmp_path):
