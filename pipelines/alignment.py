@@ -16,7 +16,7 @@ from ray.train import Checkpoint, CheckpointConfig, DataConfig, Result, RunConfi
 from ray.train.torch import TorchTrainer
 from tqdm import tqdm
 
-from flowbp_ray.config import AlignConfig
+from flowbp_ray.config import AlignConfig, dump
 from flowbp_ray.pictures import Cell, Row, sheet
 from flowbp_ray.rollouts.evaluation import Pictures, differences, evaluate, scores
 from flowbp_ray.rollouts.policy import PolicyStore
@@ -24,6 +24,8 @@ from flowbp_ray.rollouts.prompts import pictured, read_prompts
 from flowbp_ray.rollouts.stream import rollouts
 from flowbp_ray.shapes.checker import check
 from flowbp_ray.shapes.evaluation import Score
+from flowbp_ray.tracking.registry import Exported
+from flowbp_ray.tracking.store import masked
 from flowbp_ray.tracking.tracker import WARNINGS
 from flowbp_ray.training import EXPORT_FILE, NOTE_FILE
 from flowbp_ray.training.worker import Job, train_loop
@@ -48,7 +50,8 @@ class Outcome:
     seconds: dict[str, list[float]]
     #: The first and the last pictures of the preview's prompts, uint8 ``(B, H, W, 3)``; None if there were none.
     pictures: tuple[np.ndarray, np.ndarray] | None
-    #: What a person has to know beside the scores: ``stopped`` and why, ``warnings`` and how many, ``best`` and why that.
+    #: What a person has to know beside the scores: ``stopped`` and why, ``warnings`` and how many, ``best`` and why that,
+    #: ``model`` and its URI in MLflow's registry.
     notes: dict[str, str]
 
 
@@ -77,6 +80,11 @@ def align(config: AlignConfig, folder: Path) -> Outcome:
         if config.adapter:  # whole models stay where they are
             ray.get(at.tracker.artifact.remote(exported))
         ray.get(at.tracker.artifact.remote(folder / "table.md", "evaluation"))
+        pictures = tuple(p for p in [folder / "before_after.png"] if p.exists())
+        text = (folder / "table.md").read_text("utf-8")
+        registered = ray.get(at.tracker.register.remote(Exported(exported, config, masked(dump(config)), version, text, pictures)))
+        if registered:
+            notes["model"] = registered
         before = None if base is None else scores(base)
         seconds = ray.get(at.tracker.seconds.remote())
     return Outcome(folder, exported, before, scores(aligned), at.info, seconds, shown, notes)

@@ -63,22 +63,14 @@ def main() -> None:
             config, adapter, name = chosen(args, Path(scratch))
             config = pinned(config)
             check_rewards(config)
-            protocol = protocol_of(config)
-            identity = {
-                "model": config.model.model_dump(mode="json"),
-                "adapter": adapter and digest(adapter / EXPORT_FILE),
-                "batch": config.evaluation.batch,  # what is kept together
-            }
-            key = hashlib.sha256(json.dumps([protocol, identity], sort_keys=True).encode()).hexdigest()[:12]
-            folder = (args.output or config.output.parent / "evaluations" / f"{name}-{key}").expanduser().absolute()
-            check_folder(folder, protocol, identity)
             from pipelines.report import read
 
             beside = [read(f) for f in args.beside]
             pictures = sum(map(len, pictured(config).values()))
+            folder = prepared(config, adapter, name, args.output, make=not args.dry_run)
             if args.dry_run:
                 print(masked(dump(config)))
-                print(json.dumps(protocol, indent=1))
+                print(json.dumps(protocol_of(config), indent=1))
                 print(f"{pictures} pictures to {folder}. Nothing was started.")
                 return
             from pipelines.causes import reason
@@ -87,7 +79,6 @@ def main() -> None:
             refuse(error)
         except KeyboardInterrupt:
             sys.exit("\ninterrupted: nothing was started")
-        begin(folder, name, protocol, identity, config)
         try:
             with cluster(config):
                 signal.signal(signal.SIGTERM, interrupt)
@@ -120,31 +111,29 @@ def chosen(args: argparse.Namespace, scratch: Path) -> tuple[AlignConfig, Path |
 
 def tracked(args: argparse.Namespace, scratch: Path) -> tuple[AlignConfig, Path, str]:
     """What an MLflow run or a registered model has."""
-    import mlflow
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
+    from flowbp_ray.tracking import registry
 
     uris = [o.partition("=")[2] for o in args.overrides if o.startswith("tracking.uri=")]
-    uri = tracking_uri(uris[-1] if uris else None)
-    client = MlflowClient(uri)
-    try:
-        run_id, artifacts = args.adapter, f"runs:/{args.adapter}/adapter"
-        if args.adapter.startswith("models:/"):
-            model, at, alias = args.adapter.removeprefix("models:/").partition("@")
-            named = client.get_model_version_by_alias(model, alias) if at else client.get_model_version(*model.split("/", 1))
-            run_id, artifacts = named.run_id, client.get_model_version_download_uri(named.name, named.version)
-        config = Path(client.download_artifacts(run_id, "resolved_config.yaml", str(scratch)))
-        found = Path(mlflow.artifacts.download_artifacts(artifacts, dst_path=str(scratch), tracking_uri=uri))
-    except (MlflowException, OSError, TypeError) as error:
-        where = f"--adapter {args.adapter} is no folder here, and MLflow ({masked(uri)}) has no such run or model with an adapter"
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
-    (file, *_) = [*found.rglob(EXPORT_FILE), None]
-    if file is None:
-        raise ConfigError(
-            f"--adapter {args.adapter} has no {EXPORT_FILE}: all weights were trained; set model.path to its model/"
-        )
-    files = [config, *args.files]
-    return load(files[0], args.overrides, files[1:]), file.parent, run_id[:8]
+    found = registry.find(tracking_uri(uris[-1] if uris else None), args.adapter)
+    config, adapter = found.fetch(scratch)
+    return load(config, args.overrides, args.files), adapter, found.run_id[:8]
+
+
+def prepared(config: AlignConfig, adapter: Path | None, name: str, output: Path | None, *, make: bool = True) -> Path:
+    """The folder of an evaluation of a pinned configuration, made if ``make``: ``output``, else
+    one of ``evaluations`` beside the runs, by what is judged and how. ConfigError where it has pictures of something else."""
+    protocol = protocol_of(config)
+    identity = {
+        "model": config.model.model_dump(mode="json"),
+        "adapter": adapter and digest(adapter / EXPORT_FILE),
+        "batch": config.evaluation.batch,  # what is kept together
+    }
+    key = hashlib.sha256(json.dumps([protocol, identity], sort_keys=True).encode()).hexdigest()[:12]
+    folder = (output or config.output.parent / "evaluations" / f"{name.replace(' ', '-')}-{key}").expanduser().absolute()
+    check_folder(folder, protocol, identity)
+    if make:
+        begin(folder, name, protocol, identity, config)
+    return folder
 
 
 def protocol_of(config: AlignConfig) -> dict[str, Any]:

@@ -195,6 +195,8 @@ class Tracking(Section):
     """The MLflow experiment, made if it is new."""
     run_name: Text | None = None
     """The MLflow run's name; null lets MLflow choose."""
+    registered_model: Annotated[str, Field(pattern=r"^[^/:@]+$")] | None = None
+    """The model in MLflow's registry of which each run's export is a version; null takes the base's name and "-aligned"."""
     uri: Text | None = None
     """MLflow's tracking URI; null takes MLFLOW_TRACKING_URI, else a database under ~/.flowbp_ray."""
 

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from mlflow import MlflowException
@@ -21,6 +21,9 @@ from PIL import Image
 from flowbp_ray.files import replace_text
 from flowbp_ray.tracking.run import TrackedRun, check_finite
 from flowbp_ray.tracking.store import masked
+
+if TYPE_CHECKING:
+    from flowbp_ray.tracking.registry import Exported
 
 #: In a run's folder: its MLflow run, all metrics, one JSON object a line, and the pictures of the fixed prompts by version.
 RUN_FILE, METRICS, PREVIEWS, WARNINGS = "mlflow_run.json", "metrics.jsonl", "previews", "warnings.txt"
@@ -138,6 +141,15 @@ class Tracker:
         """As `TrackedRun.artifact`."""
         self._later(self.run.artifact, path, folder)
         self._send()
+
+    def register(self, exported: "Exported") -> str | None:
+        """Make what was exported a version in MLflow's registry; its URI, None while MLflow does not answer."""
+        from flowbp_ray.tracking.registry import register  # with MLflow's model classes, which nothing else here needs
+
+        made: list[str] = []
+        self._later(lambda: made.append(register(self.run.uri, self.run.run_id, exported)))
+        self._send()
+        return made[0] if made else None
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """End the run. RuntimeError if MLflow has still not got all of it; it is kept."""

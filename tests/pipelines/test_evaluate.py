@@ -47,8 +47,8 @@ def test_what_is_wrong_is_one_sentence(said, tmp_path):
     assert said(SPARSE, "--adapter", tmp_path) == (
         f"--adapter {tmp_path} has no pytorch_lora_weights.safetensors: name the folder adapter/ of a run, or one like it"
     )
-    assert said(uri, "--adapter", "nothing").startswith("--adapter nothing is no folder here, and MLflow (sqlite:///")
-    assert said(uri, "--adapter", "models:/mine@champion").startswith("--adapter models:/mine@champion is no folder here, and")
+    assert said(uri, "--adapter", "nothing").startswith("nothing is no folder here, and MLflow (sqlite:///")
+    assert said(uri, "--adapter", "models:/mine@champion").startswith("models:/mine@champion is no folder here, and")
     assert said(SPARSE, "--beside", tmp_path).startswith(f"{tmp_path} has no finished evaluation")
     (tmp_path / "file").write_text("")
     assert said(SPARSE, "--output", tmp_path) == f"{tmp_path} is not empty and no evaluation: name another folder"

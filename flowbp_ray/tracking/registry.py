@@ -1,0 +1,200 @@
+"""MLflow's registry: what a run exports becomes a version of a registered model, and versions, aliases and runs are found again.
+
+A version has all that pictures depend on beside the base: the adapter in diffusers' format, the configuration, the
+evaluation, the before and after. Of a whole model there is a reference: where it is, and what its files are.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+
+from flowbp_ray.config import AlignConfig, ConfigError
+from flowbp_ray.tracking.store import masked
+from flowbp_ray.training import EXPORT_FILE
+
+#: Of a version: what it is, and what became of it when it stood against the champion.
+CHECKSUM, PROMOTION = "checksum", "promotion"
+#: In a version's files: the configuration, and of whole models where these are.
+CONFIG, REFERENCE = "resolved_config.yaml", "reference.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a run exported, for the registry."""
+
+    #: The folder of an adapter, or of a whole pipeline.
+    folder: Path
+    config: AlignConfig
+    #: The configuration as text, without passwords.
+    text: str
+    #: Steps it was trained.
+    version: int
+    #: The evaluation, as Markdown.
+    table: str
+    #: Sample pictures.
+    pictures: tuple[Path, ...]
+
+    @property
+    def name(self) -> str:
+        """The registered model's."""
+        return registered_name(self.config)
+
+    def checksum(self) -> str:
+        """SHA-256 of the adapter, or of names and sizes of all of a pipeline's files, of which there may be many gigabytes."""
+        if (self.folder / EXPORT_FILE).exists():
+            return hashlib.sha256((self.folder / EXPORT_FILE).read_bytes()).hexdigest()
+        return hashlib.sha256(json.dumps(sizes(self.folder)).encode()).hexdigest()
+
+
+def registered_name(config: AlignConfig) -> str:
+    """The registered model of a configuration: ``tracking.registered_model``, else named by the base, ``shapes-aligned``."""
+    return config.tracking.registered_model or f"{config.model.path.rstrip('/').rpartition('/')[2]}-aligned"
+
+
+def register(uri: str, run_id: str, exported: Exported) -> str:
+    """Make a version of what a run exported, unless it has one; its URI, ``models:/NAME/VERSION``.
+
+    mlflow.MlflowException if the store fails.
+    """
+    client, checksum, name = MlflowClient(uri), exported.checksum(), exported.name
+    for version in client.search_model_versions(f"run_id='{run_id}'"):
+        if version.name == name and version.tags.get(CHECKSUM) == checksum:
+            return f"models:/{name}/{version.version}"
+    model = exported.config.model
+    tags = {
+        CHECKSUM: checksum,
+        "base_model": model.path,
+        "base_model_revision": model.revision or "",
+        "method": exported.config.surrogate.method,
+        "steps": str(exported.version),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        files = Path(scratch) / "files"
+        files.mkdir()
+        (files / CONFIG).write_text(exported.text, encoding="utf-8")
+        (files / "evaluation.md").write_text(exported.table, encoding="utf-8")
+        for picture in exported.pictures:
+            shutil.copy(picture, files)
+        make = _adapter if (exported.folder / EXPORT_FILE).exists() else _whole
+        version = make(client, uri, run_id, exported, files, tags)
+    client.update_model_version(name, version, description=exported.table)
+    return f"models:/{name}/{version}"
+
+
+class _Pinned:
+    """``mlflow.diffusers`` with the base's revision as trained on: by itself it notes the hub's newest."""
+
+    __name__ = "mlflow.diffusers"
+
+    def __init__(self, revision: str | None) -> None:
+        self.revision = revision
+
+    def save_model(self, path: str, mlflow_model: Model, **settings: Any) -> None:
+        import mlflow.diffusers
+
+        mlflow.diffusers.save_model(path=path, mlflow_model=mlflow_model, **settings)
+        flavor = mlflow_model.flavors[mlflow.diffusers.FLAVOR_NAME]
+        flavor.pop("base_model_revision", None)
+        if self.revision:
+            flavor["base_model_revision"] = self.revision
+        mlflow_model.save(str(Path(path) / "MLmodel"))
+
+
+def _adapter(client: MlflowClient, uri: str, run_id: str, exported: Exported, files: Path, tags: dict[str, str]) -> str:
+    """A version that `mlflow.diffusers.load_model` takes."""
+    for file in exported.folder.iterdir():
+        shutil.copy(file, files)
+    mlflow.set_tracking_uri(uri)  # Model.log has no client; this process has no other store
+    logged = Model.log(
+        artifact_path=None,
+        name="adapter",
+        flavor=_Pinned(exported.config.model.revision),
+        run_id=run_id,
+        step=exported.version,  # with it go the run's metrics of that step, the evaluation's
+        registered_model_name=exported.name,
+        adapter_path=str(files),
+        base_model=exported.config.model.source,
+        metadata={"sampling": exported.config.sampling.model_dump(mode="json")},
+        tags=tags,
+    )
+    return str(logged.registered_model_version)
+
+
+def _whole(client: MlflowClient, uri: str, run_id: str, exported: Exported, files: Path, tags: dict[str, str]) -> str:
+    """A version that says where a pipeline is: gigabytes stay where they are."""
+    reference = {"path": str(exported.folder), "files": sizes(exported.folder)}
+    (files / REFERENCE).write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
+    client.log_artifacts(run_id, str(files), "reference")
+    try:
+        client.create_registered_model(exported.name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = f"{client.get_run(run_id).info.artifact_uri}/reference"
+    return str(client.create_model_version(exported.name, source, run_id, tags=tags).version)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of all files under a folder, by their paths in it."""
+    return {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the tracking store has under a run's id or a version's URI."""
+
+    run_id: str
+    #: A registered model and its version; None for a run.
+    version: ModelVersion | None
+    #: Get the configuration's file, and the folder of the adapter, into a folder.
+    fetch: Callable[[Path], tuple[Path, Path]]
+
+
+def find(uri: str, what: str) -> Found:
+    """Look a run's id, ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS`` up. ConfigError if there is none."""
+    client = MlflowClient(uri)
+    try:
+        if what.startswith("models:/"):
+            version = version_of(client, what)
+            run_id, artifacts = version.run_id, client.get_model_version_download_uri(version.name, version.version)
+        else:
+            version, run_id, artifacts = None, client.get_run(what).info.run_id, f"runs:/{what}/adapter"
+    except (MlflowException, TypeError) as error:
+        raise nothing(uri, what, error) from error
+
+    def fetch(place: Path) -> tuple[Path, Path]:
+        try:
+            config = Path(client.download_artifacts(run_id, CONFIG, str(place)))
+            got = Path(mlflow.artifacts.download_artifacts(artifacts, dst_path=str(place), tracking_uri=uri))
+        except (MlflowException, OSError) as error:
+            raise nothing(uri, what, error) from error
+        if found := [*got.rglob(EXPORT_FILE)]:
+            return config, found[0].parent
+        (reference, *_) = [*got.rglob(REFERENCE), None]
+        where = json.loads(reference.read_text("utf-8"))["path"] if reference else "its model/"
+        raise ConfigError(f"{what} has no {EXPORT_FILE}: all weights were trained; set model.path to {where}")
+
+    return Found(run_id, version, fetch)
+
+
+def version_of(client: MlflowClient, what: str) -> ModelVersion:
+    """The version of ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS``. TypeError or mlflow.MlflowException if there is none."""
+    name, at, alias = what.removeprefix("models:/").partition("@")
+    return client.get_model_version_by_alias(name, alias) if at else client.get_model_version(*name.split("/", 1))
+
+
+def nothing(uri: str, what: str, error: Exception) -> ConfigError:
+    """That a store has nothing under a name."""
+    why = str(error).splitlines()[0]
+    return ConfigError(f"{what} is no folder here, and MLflow ({masked(uri)}) has no such run or model with an adapter: {why}")
