@@ -82,7 +82,9 @@ def align(config: AlignConfig, folder: Path) -> Outcome:
         ray.get(at.tracker.artifact.remote(folder / "table.md", "evaluation"))
         pictures = tuple(p for p in [folder / "before_after.png"] if p.exists())
         text = (folder / "table.md").read_text("utf-8")
-        registered = ray.get(at.tracker.register.remote(Exported(exported, config, masked(dump(config)), version, text, pictures)))
+        registered = ray.get(
+            at.tracker.register.remote(Exported(exported, config, masked(dump(config)), version, text, pictures))
+        )
         if registered:
             notes["model"] = registered
         before = None if base is None else scores(base)

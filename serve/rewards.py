@@ -217,20 +217,20 @@ def description(model: Model | None, reward: Reward) -> dict[str, Any]:
     }
 
 
-def deployed(what: type, name: str, replicas: Replicas) -> serve.Deployment:
-    """A deployment of the class with so many replicas, and what each reserves."""
+def deployed(what: type, name: str, replicas: Replicas, at_once: int = 1) -> serve.Deployment:
+    """A deployment of the class with so many replicas, each with so many requests ``at_once``, and what each reserves."""
     scaling: dict[str, Any] = {"num_replicas": replicas.replicas}
     if replicas.max_replicas is not None:
         scaling = {
             "autoscaling_config": AutoscalingConfig(
-                min_replicas=replicas.replicas, max_replicas=replicas.max_replicas, target_ongoing_requests=1
+                min_replicas=replicas.replicas, max_replicas=replicas.max_replicas, target_ongoing_requests=at_once
             )
         }
     return serve.deployment(
         name=name,
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
-        # One batch at a time: a second one in the same replica would only share its cores.
-        max_ongoing_requests=1,
+        # Of batches one at a time: a second one in the same replica would only share its cores.
+        max_ongoing_requests=at_once,
         # A scoring thread may hold the interpreter for long: only a device that is lost makes a replica unhealthy.
         health_check_timeout_s=120,
         **scaling,

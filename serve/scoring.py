@@ -12,33 +12,28 @@ import asyncio
 import base64
 import binascii
 import io
-import os
-import secrets
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse
-from fastapi.security import HTTPBearer
 from PIL import Image
-from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, PositiveInt, ValidationError
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from flowbp_ray.config.reward import Replicas, Reward
 from flowbp_ray.config.schema import Model
-from flowbp_ray.config.section import Section, Text
 from flowbp_ray.rollouts import asking
+from serve.guard import Guarded, bearer, body, entitled, token
 
-TOKEN = "FLOWBP_TOKEN"
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG"}
 MOST = 64  # pictures of a request
 
 Prompt = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
-class ServedRewards(Section):
+class ServedRewards(Guarded):
     """The ``args`` of this application in a Serve configuration file."""
 
     reward: Reward
@@ -49,18 +44,8 @@ class ServedRewards(Section):
     """Processes that score what has no deployment of its own, and decode."""
     threads: PositiveInt = 1
     """torch's threads in each of these processes."""
-    fronts: PositiveInt = 1
-    """Processes that answer HTTP."""
-    front_cpus: NonNegativeFloat = 0.1
-    """CPUs for each of these."""
-    max_megabytes: PositiveInt = 32
-    """The largest request's body."""
     max_megapixels: PositiveInt = 16
     """The most that the pictures of a request may have together."""
-    token_file: Text | None = None
-    """A file with the token that requests have to bear; null takes the environment variable FLOWBP_TOKEN of these processes."""
-    open: bool = False
-    """Answer everybody, without a token."""
 
 
 class Item(BaseModel):
@@ -107,7 +92,6 @@ BODY = {
 }
 
 api = FastAPI(title="Rewards", version="1", description="Scores of pictures by every reward that is served.")
-bearer = HTTPBearer(auto_error=False)  # what the description says of it; a replica looks at the token itself
 
 
 @api.exception_handler(ValueError)
@@ -135,17 +119,6 @@ def opened(file: bytes, number: int, most: int) -> np.ndarray:
         raise HTTPException(400, f"picture {number} is no whole PNG or JPEG") from error
 
 
-def token(settings: ServedRewards) -> str | None:
-    """The token that requests have to bear; None where everybody is answered. ValueError if there is neither."""
-    if settings.open:
-        return None
-    found = Path(settings.token_file).read_text("utf-8") if settings.token_file else os.environ.get(TOKEN, "")
-    if not found.strip():
-        source = settings.token_file or f"the environment variable {TOKEN}"
-        raise ValueError(f"{source} has no token for the reward service: give one, or set open to true to answer everybody")
-    return found.strip()
-
-
 # Last: Serve keeps a copy of the application as it is here, with what it refers to.
 @serve.ingress(api)
 class Front:
@@ -153,19 +126,19 @@ class Front:
 
     def __init__(self, settings: ServedRewards, rewards: DeploymentHandle) -> None:
         self.settings, self.rewards = settings, rewards
-        self.token = token(settings)
+        self.token = token(settings, "reward service")
 
     @api.post("/v1/score", responses=REFUSALS, openapi_extra=BODY, dependencies=[Depends(bearer)])
     async def score(self, request: Request, prompt: Annotated[Prompt | None, Query()] = None) -> Answer:
         """Score pictures: JSON with up to 64 of them, or one picture as the body and its prompt in the query."""
-        self._entitled(request)
-        body = await self._body(request)
+        entitled(request, self.token)
+        content = await body(request, self.settings.max_megabytes)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "application/json":
             if prompt is not None:
                 raise HTTPException(422, "a JSON body has the prompts: leave ?prompt= out")
             try:
-                items = Items.model_validate_json(body).items
+                items = Items.model_validate_json(content).items
             except ValidationError as error:
                 where = [f"{'.'.join(map(str, e['loc'])) or 'the body'}: {e['msg']}" for e in error.errors()[:5]]
                 raise HTTPException(422, "; ".join(where)) from error
@@ -174,7 +147,7 @@ class Front:
         elif kind in FORMATS:
             if prompt is None:
                 raise HTTPException(422, "the prompt is missing: give ?prompt=… beside a picture")
-            prompts, files = [prompt], [body]
+            prompts, files = [prompt], [content]
         else:
             raise HTTPException(415, f"send application/json, {' or '.join(FORMATS)}, not {kind or 'nothing'!r}")
         return await asyncio.to_thread(self._score, files, prompts)
@@ -182,7 +155,7 @@ class Front:
     @api.get("/v1/components", dependencies=[Depends(bearer)], responses={401: REFUSALS[401]})
     async def components(self, request: Request) -> dict[str, Any]:
         """What is served: each component's kind and model."""
-        self._entitled(request)
+        entitled(request, self.token)
         described: dict[str, Any] = await self.rewards.describe.remote()
         return described
 
@@ -190,21 +163,6 @@ class Front:
     async def healthz(self) -> str:
         """Whether this answers."""
         return "ok"
-
-    def _entitled(self, request: Request) -> None:
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        if self.token is not None and (
-            kind.lower() != "bearer" or not secrets.compare_digest(given.encode(), self.token.encode())
-        ):
-            raise HTTPException(401, "send the header 'Authorization: Bearer TOKEN'", {"WWW-Authenticate": "Bearer"})
-
-    async def _body(self, request: Request) -> bytes:
-        most, body = self.settings.max_megabytes * 2**20, bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > most:
-                raise HTTPException(413, f"a request has at most {self.settings.max_megabytes} megabytes")
-        return bytes(body)
 
     def _score(self, files: list[bytes], prompts: list[str]) -> Answer:
         left, pictures = self.settings.max_megapixels * 10**6, []

@@ -5,6 +5,7 @@ Everything here raises ValueError or OSError with one sentence; it answers in a 
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,11 @@ def check_start(config: AlignConfig) -> None:
 
 def check_fits(adapter: Path, model: Path) -> None:
     """ValueError unless all of an adapter's modules are in the model's transformer, and of the same widths."""
-    base = headers(model / "transformer")
+    check_binds(adapter, headers(model / "transformer"), str(model))
+
+
+def check_binds(adapter: Path, base: Mapping[str, Sequence[int]], model: str) -> None:
+    """ValueError unless a transformer with these shapes by name has all of an adapter's modules."""
     for name, tensor in header(adapter_file(adapter))[0].items():
         module, _, matrix = name.removeprefix("transformer.").partition(".lora_")
         shape, own = base.get(f"{module}.weight"), tensor["shape"]

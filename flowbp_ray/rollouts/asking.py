@@ -3,10 +3,12 @@
 Serve itself sends no request twice. A replica that died is replaced by Serve, and one that fails or gives no answer is avoided.
 """
 
+import contextlib
 import functools
+import inspect
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ray import serve
@@ -38,29 +40,46 @@ class GivenUpError(RuntimeError):
 
 
 def answering(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A replica's method that `Request` can ask.
+    """A replica's method, plain or a coroutine's, that `Request` can ask.
 
     ValueError, of bad input, goes to the asker as it is: it would be the same in every replica. Called without ``avoid``, as in
     one's own process, it is the plain method.
     """
+    if inspect.iscoroutinefunction(method):
+
+        @functools.wraps(method)
+        async def answer_later(self: Any, *arguments: Any, avoid: Sequence[str] | None = None) -> Any:
+            if avoid is None:
+                return await method(self, *arguments)
+            with _telling_which(avoid):
+                return await method(self, *arguments)
+
+        return answer_later
 
     @functools.wraps(method)
     def answer(self: Any, *arguments: Any, avoid: Sequence[str] | None = None) -> Any:
         if avoid is None:
             return method(self, *arguments)
-        replica = serve.get_replica_context().replica_id.unique_id
-        if replica in avoid:
-            raise AvoidedError(replica)
-        try:
+        with _telling_which(avoid):
             return method(self, *arguments)
-        except (ValueError, GivenUpError):
-            raise
-        except DeadRewardError as error:
-            raise ReplicaFailedError(replica, str(error), complete=True) from error
-        except Exception as error:  # of models and libraries, which may raise anything
-            raise ReplicaFailedError(replica, f"{type(error).__name__}: {error}", complete=False) from error
 
     return answer
+
+
+@contextlib.contextmanager
+def _telling_which(avoid: Sequence[str]) -> Iterator[None]:
+    """Refuse in a replica that is to be avoided; say which one it was if something fails."""
+    replica = serve.get_replica_context().replica_id.unique_id
+    if replica in avoid:
+        raise AvoidedError(replica)
+    try:
+        yield
+    except (ValueError, GivenUpError):
+        raise
+    except DeadRewardError as error:
+        raise ReplicaFailedError(replica, str(error), complete=True) from error
+    except Exception as error:  # of models and libraries, which may raise anything
+        raise ReplicaFailedError(replica, f"{type(error).__name__}: {error}", complete=False) from error
 
 
 class Request:

@@ -8,7 +8,8 @@ import pytest
 from fastapi import HTTPException
 from PIL import Image
 
-from serve.scoring import Items, ServedRewards, api, decoded, opened, token
+from serve.guard import token
+from serve.scoring import Items, ServedRewards, api, decoded, opened
 
 PICTURE = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
 
@@ -52,12 +53,12 @@ def settings(**more):
 def test_a_service_without_a_token_says_so_before_it_answers_anybody(tmp_path, monkeypatch):
     monkeypatch.delenv("FLOWBP_TOKEN", raising=False)
     with pytest.raises(ValueError, match="the environment variable FLOWBP_TOKEN has no token for the reward service"):
-        token(settings())
-    assert token(settings(open=True)) is None
+        token(settings(), "reward service")
+    assert token(settings(open=True), "reward service") is None
     (tmp_path / "token").write_text("secret\n")
-    assert token(settings(token_file=str(tmp_path / "token"))) == "secret"
+    assert token(settings(token_file=str(tmp_path / "token")), "reward service") == "secret"
     monkeypatch.setenv("FLOWBP_TOKEN", "other")
-    assert token(settings()) == "other"
+    assert token(settings(), "reward service") == "other"
 
 
 def test_the_description_has_what_the_service_takes():

@@ -54,9 +54,7 @@ def test_plain_mlflow_loads_a_version_and_it_is_the_adapter(store, run, exported
     own = adapter.adapted(config, "cpu").pipeline  # rank and targets alone
     own.unload_lora_weights()
     own.load_lora_weights(exported.folder)
-    ours, theirs = (
-        p(**STEP, generator=torch.Generator().manual_seed(3), output_type="np").images[0] for p in (own, pipeline)
-    )
+    ours, theirs = (p(**STEP, generator=torch.Generator().manual_seed(3), output_type="np").images[0] for p in (own, pipeline))
     assert np.abs(ours - theirs).max() < 1e-4
     own.unload_lora_weights()
     base = own(**STEP, generator=torch.Generator().manual_seed(3), output_type="np").images[0]

@@ -1,0 +1,58 @@
+"""What every HTTP service here has: who may ask, and how much a request may be."""
+
+import os
+import secrets
+from pathlib import Path
+
+from fastapi import HTTPException, Request
+from fastapi.security import HTTPBearer
+from pydantic import NonNegativeFloat, PositiveInt
+
+from flowbp_ray.config.section import Section, Text
+
+TOKEN = "FLOWBP_TOKEN"
+
+bearer = HTTPBearer(auto_error=False)  # what the description says of it; a replica looks at the token itself
+
+
+class Guarded(Section):
+    """The part of an application's ``args`` that is about HTTP."""
+
+    fronts: PositiveInt = 1
+    """Processes that answer HTTP."""
+    front_cpus: NonNegativeFloat = 0.1
+    """CPUs for each of these."""
+    max_megabytes: PositiveInt = 32
+    """The largest request's body."""
+    token_file: Text | None = None
+    """A file with the token that requests have to bear; null takes the environment variable FLOWBP_TOKEN of these processes."""
+    open: bool = False
+    """Answer everybody, without a token."""
+
+
+def token(settings: Guarded, what: str) -> str | None:
+    """The token that requests have to bear; None where all are answered. ValueError, naming ``what``, if there is neither."""
+    if settings.open:
+        return None
+    found = Path(settings.token_file).read_text("utf-8") if settings.token_file else os.environ.get(TOKEN, "")
+    if not found.strip():
+        source = settings.token_file or f"the environment variable {TOKEN}"
+        raise ValueError(f"{source} has no token for the {what}: give one, or set open to true to answer everybody")
+    return found.strip()
+
+
+def entitled(request: Request, expected: str | None) -> None:
+    """401 unless the request bears the token, if one is expected."""
+    kind, _, given = request.headers.get("authorization", "").partition(" ")
+    if expected is not None and (kind.lower() != "bearer" or not secrets.compare_digest(given.encode(), expected.encode())):
+        raise HTTPException(401, "send the header 'Authorization: Bearer TOKEN'", {"WWW-Authenticate": "Bearer"})
+
+
+async def body(request: Request, most: int) -> bytes:
+    """The request's body; 413 as soon as it has more than so many megabytes."""
+    got = bytearray()
+    async for chunk in request.stream():
+        got += chunk
+        if len(got) > most * 2**20:
+            raise HTTPException(413, f"a request has at most {most} megabytes")
+    return bytes(got)

@@ -1,0 +1,194 @@
+"""The deployment that samples: one copy of a base pipeline in a replica, and many adapters on it.
+
+Serve runs batches of different adapters at the same time. They share one transformer, so choosing the adapter and sampling is one
+step that nothing else comes into, nor the loading and dropping of adapters.
+"""
+
+import asyncio
+import itertools
+import tempfile
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import NonNegativeFloat, PositiveInt
+from ray import serve
+from ray.serve import metrics
+
+from flowbp_ray.backbones import family_of
+from flowbp_ray.backbones.backbone import DTYPES
+from flowbp_ray.config import ConfigError
+from flowbp_ray.config.models import check_binds
+from flowbp_ray.config.reward import Replicas
+from flowbp_ray.config.schema import Model, Sampling
+from flowbp_ray.config.section import Section
+from flowbp_ray.pictures import to_uint8
+from flowbp_ray.rollouts.asking import answering
+from flowbp_ray.tracking import registry
+
+#: How adapters are named between processes: a folder's name says which of its states is meant.
+FOLDER, VERSION, RUN = "folder:", "models:/", "run:"
+
+
+class Painting(Section):
+    """What samples."""
+
+    model: Model
+    """The base pipeline."""
+    sampling: Sampling = Sampling()
+    """How pictures are sampled where a request does not say otherwise."""
+    images: Replicas = Replicas()
+    """Processes that sample; each has the whole pipeline."""
+    threads: PositiveInt = 1
+    """torch's threads in each of them."""
+    adapters_held: PositiveInt = 8
+    """Adapters that each of them keeps loaded; of more than these the one that was not asked for the longest is dropped."""
+    batch: PositiveInt = 8
+    """Pictures that are sampled together, if they agree in all but prompt and seed."""
+    batch_wait: NonNegativeFloat = 0.02
+    """Seconds that a picture waits for others."""
+
+
+class Picture(NamedTuple):
+    """One picture to sample; pictures that agree in all but the first two are sampled together."""
+
+    prompt: str
+    seed: int
+    strength: float
+    steps: int
+    guidance_scale: float
+    height: int
+    width: int
+
+
+class Adapter:
+    """An adapter that a replica has fetched. When nothing uses it any more, what the pipeline has of it is dropped too."""
+
+    numbers = itertools.count()
+
+    def __init__(self, folder: Path, place: tempfile.TemporaryDirectory, dropped: deque[str]) -> None:
+        self.folder, self.place = folder, place
+        self.name = f"adapter{next(self.numbers)}"
+        # Only noted here: this may happen in any thread at any moment.
+        weakref.finalize(self, dropped.append, self.name)
+
+
+class Painter:
+    """A replica. Made to hold so many adapters by `painter`."""
+
+    def __init__(self, settings: Painting, uri: str) -> None:
+        torch.set_num_threads(settings.threads)
+        self.settings, self.uri, model = settings, uri, settings.model
+        self.device = "cuda" if settings.images.gpus else "cpu"
+        family = family_of(model.source, model.revision)
+        self.backbone = family.from_pretrained(model.source, DTYPES[model.dtype], self.device, model.revision)
+        self.pipeline, transformer = self.backbone.pipeline, self.backbone.transformer
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
+        self.lock = threading.Lock()
+        self.dropped: deque[str] = deque()
+        self.batched.set_max_batch_size(settings.batch)
+        self.batched.set_batch_wait_timeout_s(settings.batch_wait)
+        self.drawn = metrics.Counter("flowbp_pictures", description="Pictures sampled.", tag_keys=("adapter",))
+
+    @answering
+    async def draw(self, picture: Picture) -> np.ndarray:
+        """Sample: uint8 ``(H, W, 3)``, by the adapter of the request's multiplexed model id, or by the base.
+
+        ValueError for an adapter that cannot be had or is another model's, and for a size that the model does not make.
+        """
+        name = serve.get_multiplexed_model_id()
+        adapter = await self.adapter(name) if name else None
+        answer = await self.batched((adapter, picture))
+        if isinstance(answer, Exception):
+            raise answer
+        self.drawn.inc(tags={"adapter": name or "base"})
+        return answer
+
+    async def adapter(self, name: str) -> Adapter:
+        """Fetch an adapter; a coroutine that is multiplexed (`painter`)."""
+        return await asyncio.to_thread(self.fetched, name)
+
+    @serve.batch
+    async def batched(self, asked: list[tuple[Adapter | None, Picture]]) -> list[np.ndarray | Exception]:
+        """Sample those together that can be; a failure is the answer of those that it is about."""
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for number, (adapter, picture) in enumerate(asked):
+            groups.setdefault((adapter and adapter.name, *picture[2:]), []).append(number)
+        answers: dict[int, np.ndarray | Exception] = {}
+        for numbers in groups.values():
+            adapter, pictures = asked[numbers[0]][0], [asked[n][1] for n in numbers]
+            try:
+                answers |= zip(numbers, await asyncio.to_thread(self.sample, adapter, pictures), strict=True)
+            except Exception as error:  # another group's pictures are not the worse for it
+                answers |= dict.fromkeys(numbers, error)
+        return [answers[n] for n in range(len(asked))]
+
+    def sample(self, adapter: Adapter | None, pictures: Sequence[Picture]) -> np.ndarray:
+        """uint8 ``(B, H, W, 3)`` of pictures that agree in all but prompt and seed."""
+        first = pictures[0]
+        with self.lock:
+            self._choose(adapter, first.strength)
+            sampled = self.backbone.sample(
+                [p.prompt for p in pictures],
+                [p.seed for p in pictures],
+                steps=first.steps,
+                guidance_scale=first.guidance_scale,
+                height=first.height,
+                width=first.width,
+                kind=self.settings.sampling.grid,
+            )
+        if not torch.isfinite(sampled).all():
+            raise FloatingPointError("the pictures are not finite")
+        return to_uint8(sampled)
+
+    def fetched(self, name: str) -> Adapter:
+        """An adapter by its name between processes; ValueError if it cannot be had, or does not fit."""
+        place = tempfile.TemporaryDirectory(prefix="adapter-")
+        if name.startswith(FOLDER):
+            folder = Path(name.removeprefix(FOLDER).rpartition("#")[0])
+        else:
+            try:
+                _, folder = registry.find(self.uri, name.removeprefix(RUN)).fetch(Path(place.name))
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+        check_binds(folder, self.shapes, self.settings.model.path)
+        return Adapter(folder, place, self.dropped)
+
+    def check_health(self) -> None:
+        """Serve replaces a replica whose device no longer computes."""
+        torch.ones(1, device=self.device).sum().item()
+
+    def _choose(self, adapter: Adapter | None, strength: float) -> None:
+        while self.dropped:
+            if (name := self.dropped.popleft()) in self._loaded():
+                self.pipeline.delete_adapters(name)
+        if adapter is None:
+            if self._loaded():
+                self.pipeline.disable_lora()
+            return
+        if adapter.name not in self._loaded():
+            self.pipeline.load_lora_weights(adapter.folder, adapter_name=adapter.name)
+        self.pipeline.enable_lora()
+        self.pipeline.set_adapters([adapter.name], [strength])
+
+    def _loaded(self) -> list[str]:
+        return self.pipeline.get_list_adapters().get("transformer", [])
+
+
+def painter(held: int) -> type[Painter]:
+    """The class of replicas that hold so many adapters."""
+
+    class Holding(Painter):
+        """A replica."""
+
+        @serve.multiplexed(max_num_models_per_replica=held)
+        async def adapter(self, name: str) -> Adapter:
+            """As the class above."""
+            return await super().adapter(name)
+
+    return Holding

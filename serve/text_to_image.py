@@ -1,0 +1,305 @@
+"""Text to image over HTTP, as OpenAI's clients ask for it: a base pipeline, and any number of adapters on it.
+
+    serve run configs/serve/text_to_image.yaml
+    curl -H "Authorization: Bearer $FLOWBP_TOKEN" -H "Content-Type: application/json" \
+        -d '{"model": "shapes-aligned@champion", "prompt": "a red ring", "seed": 1}' http://127.0.0.1:8000/v1/images/generations
+
+``model`` is the base's name, a registered model's (``NAME``, ``NAME/VERSION``, ``NAME@ALIAS``), a run's id, or the name of an
+adapter's folder. This process checks tokens, sizes and names and holds no model; `serve.painter`, behind it, does.
+"""
+
+import asyncio
+import base64
+import io
+import re
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from flowbp_ray.config import ConfigError, paths
+from flowbp_ray.config.section import Text
+from flowbp_ray.rollouts import asking
+from flowbp_ray.tracking.store import tracking_uri
+from flowbp_ray.training import EXPORT_FILE
+from serve.guard import Guarded, bearer, body, entitled, token
+from serve.painter import FOLDER, RUN, Painting, Picture
+
+SEEDS = 2**32
+KNOWN_FOR = 2.0  # seconds for which an alias, or the newest version, is not looked up again
+
+
+class TextToImage(Guarded, Painting):
+    """The ``args`` of this application in a Serve configuration file."""
+
+    registered: list[Text] = []
+    """Registered models, all versions of which may be asked for."""
+    runs: bool = False
+    """Whether the adapter of any MLflow run may be asked for by the run's id."""
+    adapters: paths.Folder | None = None
+    """A folder with adapters' folders, each of which may be asked for by its name; what is put there later counts too."""
+    tracking_uri: Text | None = None
+    """MLflow's tracking URI; null takes MLFLOW_TRACKING_URI, else a database under ~/.flowbp_ray."""
+    max_pictures: PositiveInt = 10
+    """The most that a request may ask for."""
+    max_pixels: PositiveInt = 2048 * 2048
+    """The most that a picture may have."""
+    max_steps: PositiveInt = 100
+    """The most sampler steps."""
+
+    @property
+    def base(self) -> str:
+        """The name of the base."""
+        return self.model.path.rstrip("/").rpartition("/")[2]
+
+
+class Asked(BaseModel):
+    """A request for pictures: OpenAI's fields, and what is of flow models; no other one, since it would be without effect."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(min_length=1, max_length=10_000)
+    model: str | None = Field(None, max_length=300, description="Null is the base; GET /v1/models has a list.")
+    n: int = Field(1, ge=1, description="How many pictures, of as many seeds.")
+    size: str | None = Field(None, pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", description="WIDTHxHEIGHT in pixels.")
+    response_format: Literal["b64_json", "url"] | None = Field(None, description="`url` is a data URL.")
+    output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="Null is png, which loses nothing.")
+    user: str | None = Field(None, description="Not looked at.")
+    seed: int | None = Field(None, ge=0, lt=SEEDS, description="Of the first picture; further ones count on. Null draws one.")
+    steps: int | None = Field(None, ge=1, description="Sampler steps.")
+    guidance_scale: float | None = Field(None, ge=0, le=100)
+    strength: float = Field(1.0, ge=-4, le=4, description="Of the adapter: 0 is the base, 1 as trained.")
+
+
+class Made(BaseModel):
+    """A picture."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+
+
+class Answer(BaseModel):
+    """Pictures, by seed."""
+
+    created: int
+    data: list[Made]
+    output_format: str
+    size: str
+    model: str = Field(description="Which adapter that was: a version where the request had an alias.")
+
+
+class Refusal(BaseModel):
+    """Why there is no answer, as OpenAI says it."""
+
+    error: dict[str, str | None]
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Refusal, "description": "Something missing, of the wrong kind, or too much of it"},
+    401: {"model": Refusal, "description": "No token, or a wrong one"},
+    404: {"model": Refusal, "description": "No such model"},
+    413: {"model": Refusal, "description": "Too large a body"},
+    503: {"model": Refusal, "description": "The pictures could not be made; later they may"},
+}
+BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": Asked.model_json_schema()}}}}
+KINDS = {401: "authentication_error", 404: "not_found_error", 503: "server_error"}
+
+api = FastAPI(title="Text to image", version="1", description="Pictures by a base pipeline and the adapters on it.")
+
+
+@api.exception_handler(HTTPException)
+async def refused(request: Request, error: HTTPException) -> Response:
+    """In OpenAI's words."""
+    kind = KINDS.get(error.status_code, "invalid_request_error")
+    said = {"message": error.detail, "type": kind, "param": None, "code": None}
+    return JSONResponse({"error": said}, error.status_code, error.headers)
+
+
+def understood(content: bytes) -> Asked:
+    """A request's body; 400 says what is wrong with it."""
+    try:
+        return Asked.model_validate_json(content)
+    except ValidationError as error:
+        where = [f"{'.'.join(map(str, e['loc'])) or 'the body'}: {e['msg']}" for e in error.errors()[:5]]
+        raise HTTPException(400, "; ".join(where)) from error
+
+
+def wanted(asked: Asked, settings: TextToImage) -> list[Picture]:
+    """The pictures of a request; 400 for more than is allowed."""
+    sampling = settings.sampling
+    width, height = sampling.width, sampling.height
+    if asked.size not in (None, "auto"):
+        width, height = map(int, asked.size.split("x"))
+    steps = asked.steps or sampling.steps
+    for what, number, most in (
+        ("n", asked.n, settings.max_pictures),
+        ("size", width * height, settings.max_pixels),
+        ("steps", steps, settings.max_steps),
+    ):
+        if number > most:
+            raise HTTPException(400, f"{what}: {number} is too much, at most {most}{' pixels' if what == 'size' else ''}")
+    guidance_scale = sampling.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
+    first = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed
+    seeds = [(first + n) % SEEDS for n in range(asked.n)]
+    return [Picture(asked.prompt, seed, asked.strength, steps, guidance_scale, height, width) for seed in seeds]
+
+
+def encoded(picture: Any, kind: str) -> str:
+    """A uint8 picture ``(H, W, 3)`` as a file in base64."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, kind.upper(), quality=95)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+class Catalogue:
+    """Which adapters there are, by the names that requests have."""
+
+    def __init__(self, settings: TextToImage) -> None:
+        self.settings, self.uri = settings, tracking_uri(settings.tracking_uri)
+        self.known: dict[str, tuple[float, str]] = {}
+
+    def resolve(self, model: str | None) -> str:
+        """A request's model as the name that replicas know it by, the same for the same weights; empty for the base. 404 if
+        there is none."""
+        if model in (None, "", self.settings.base):
+            return ""
+        name = re.split("[/@]", model, maxsplit=1)[0]
+        if name in self.settings.registered:
+            return self._lately(model, lambda: self._version(model))
+        if folder := self._folder(model):
+            stat = (folder / EXPORT_FILE).stat()  # other weights by the same name are another adapter
+            return f"{FOLDER}{folder}#{stat.st_mtime_ns}-{stat.st_size}"
+        if self.settings.runs and re.fullmatch(r"[0-9a-f]{32}", model):
+            return f"{RUN}{model}"
+        raise HTTPException(404, f"there is no model {model!r}: GET /v1/models has a list")
+
+    def names(self) -> list[str]:
+        """All that can be asked for by name, the base first; of runs, which are many, none."""
+        from mlflow import MlflowClient
+
+        client, names = MlflowClient(self.uri), [self.settings.base]
+        for name in self.settings.registered:
+            found = client.search_registered_models(f"name = '{name}'")
+            names += [f"{name}@{alias}" for model in found for alias in sorted(model.aliases)]
+            versions = client.search_model_versions(f"name = '{name}'") if found else []
+            names += [f"{name}/{v}" for v in sorted((int(version.version) for version in versions), reverse=True)]
+        if self.settings.adapters:
+            names += sorted(f.parent.name for f in self.settings.adapters.glob(f"*/{EXPORT_FILE}"))
+        return names
+
+    def _folder(self, name: str) -> Path | None:
+        within = self.settings.adapters
+        if within is None or not re.fullmatch(r"[\w-][\w.-]*", name) or not (within / name / EXPORT_FILE).is_file():
+            return None
+        return within / name
+
+    def _version(self, model: str) -> str:
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        from flowbp_ray.tracking import registry
+
+        client = MlflowClient(self.uri)
+        try:
+            if "/" in model or "@" in model:
+                version = registry.version_of(client, model)
+            else:
+                versions = client.search_model_versions(f"name = '{model}'")
+                version = max(versions, key=lambda v: int(v.version))
+        except (MlflowException, ConfigError, ValueError) as error:
+            raise HTTPException(404, f"MLflow has no model {model!r}: GET /v1/models has a list") from error
+        return f"models:/{version.name}/{version.version}"
+
+    def _lately(self, name: str, look: Callable[[], str]) -> str:
+        then, found = self.known.get(name, (-KNOWN_FOR, ""))
+        if time.monotonic() - then > KNOWN_FOR:
+            found = look()
+            self.known[name] = time.monotonic(), found
+        return found
+
+
+# Last: Serve keeps a copy of the application as it is here, with what it refers to.
+@serve.ingress(api)
+class Front:
+    """A replica that answers HTTP."""
+
+    def __init__(self, settings: TextToImage, painter: DeploymentHandle) -> None:
+        self.settings, self.painter = settings, painter
+        self.token = token(settings, "text-to-image service")
+        self.catalogue = Catalogue(settings)
+
+    @api.post("/v1/images/generations", responses=REFUSALS, openapi_extra=BODY, dependencies=[Depends(bearer)])
+    async def generations(self, request: Request) -> Answer:
+        """Sample pictures."""
+        entitled(request, self.token)
+        asked = understood(await body(request, self.settings.max_megabytes))
+        pictures = wanted(asked, self.settings)
+        name = await asyncio.to_thread(self.catalogue.resolve, asked.model)
+        handle = self.painter.options(multiplexed_model_id=name)
+        under_way = [
+            asking.Request(handle, "draw", p, what=f"sampling by {name or 'the base'}", prompts=[p.prompt]) for p in pictures
+        ]
+        try:
+            made = await asyncio.gather(*[asyncio.to_thread(r.result) for r in under_way])
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        except asking.GivenUpError as error:
+            raise HTTPException(503, str(error)) from error
+        kind = asked.output_format or "png"
+        files = [encoded(picture, kind) for picture in made]
+        by_url = asked.response_format == "url"
+        return Answer(
+            created=int(time.time()),
+            data=[
+                Made(url=f"data:image/{kind};base64,{file}", seed=p.seed) if by_url else Made(b64_json=file, seed=p.seed)
+                for p, file in zip(pictures, files, strict=True)
+            ],
+            output_format=kind,
+            size=f"{pictures[0].width}x{pictures[0].height}",
+            model=name or self.settings.base,
+        )
+
+    @api.get("/v1/models", responses={401: REFUSALS[401]}, dependencies=[Depends(bearer)])
+    async def models(self, request: Request) -> dict[str, Any]:
+        """All that ``model`` can be, but for runs."""
+        entitled(request, self.token)
+        names = await asyncio.to_thread(self.catalogue.names)
+        return {"object": "list", "data": [described(name) for name in names]}
+
+    @api.get("/v1/models/{model:path}", responses={401: REFUSALS[401], 404: REFUSALS[404]}, dependencies=[Depends(bearer)])
+    async def model(self, request: Request, model: str) -> dict[str, Any]:
+        """Whether there is a model."""
+        entitled(request, self.token)
+        await asyncio.to_thread(self.catalogue.resolve, model)
+        return described(model)
+
+    @api.get("/healthz")
+    async def healthz(self) -> str:
+        """Whether this answers."""
+        return "ok"
+
+
+def described(name: str) -> dict[str, Any]:
+    """A model as OpenAI lists it."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "flowbp_ray"}
+
+
+def build(args: TextToImage) -> serve.Application:
+    """The application of a Serve configuration file."""
+    from serve.painter import painter
+    from serve.rewards import deployed
+
+    what = deployed(painter(args.adapters_held), "Painter", args.images, at_once=4 * args.batch)
+    front = serve.deployment(
+        name="Front", num_replicas=args.fronts, ray_actor_options={"num_cpus": args.front_cpus}, max_ongoing_requests=64
+    )(Front)
+    return front.bind(args, what.bind(args, tracking_uri(args.tracking_uri)))
