@@ -80,12 +80,10 @@ def align(config: AlignConfig, folder: Path) -> Outcome:
         if config.adapter:  # whole models stay where they are
             ray.get(at.tracker.artifact.remote(exported))
         ray.get(at.tracker.artifact.remote(folder / "table.md", "evaluation"))
-        pictures = tuple(p for p in [folder / "before_after.png"] if p.exists())
-        text = (folder / "table.md").read_text("utf-8")
-        registered = ray.get(
-            at.tracker.register.remote(Exported(exported, config, masked(dump(config)), version, text, pictures))
-        )
-        if registered:
+        samples = tuple(p for p in [folder / "before_after.png"] if p.exists())
+        figures = (folder / "table.md").read_text("utf-8")
+        of = Exported(exported, config, masked(dump(config)), version, figures, samples)
+        if registered := ray.get(at.tracker.register.remote(of)):
             notes["model"] = registered
         before = None if base is None else scores(base)
         seconds = ray.get(at.tracker.seconds.remote())

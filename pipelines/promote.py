@@ -4,9 +4,9 @@
     python -m pipelines.promote models:/shapes-aligned/3 evaluation.per_task=100 --metric reward/judge
     python -m pipelines.promote models:/FLUX.1-dev-aligned/3 evaluation.prompts=prompts.txt --alias production
 
-Both are judged on the same prompts and noise, by the version's own configuration and what is changed in it here; where there is no
-champion yet, the base model is what has to be beaten. Pictures and scores are kept, so a champion is judged once. Exit code 0: the
-alias is the version's; 1: it stays where it was, or something failed; 2: something given is wrong.
+Both are judged on the same prompts and noise, by the version's own configuration and what is changed in it here; where there is
+no champion yet, the base model is what has to be beaten. Pictures and scores are kept, so a champion is judged once. Exit code 0:
+the alias is the version's; 1: it stays where it was, or something failed; 2: something given is wrong.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from flowbp_ray.config import AlignConfig, ConfigError, load
 from flowbp_ray.rollouts.prompts import pictured
 from flowbp_ray.tracking.store import masked, tracking_uri
-from flowbp_ray.training import EXPORT_FILE
 from pipelines import evaluate, files_and_overrides, refuse
 from pipelines.align import check_rewards, interrupt, pinned
 
@@ -115,7 +114,7 @@ def contest(
         raise ConfigError(f"{champion} is the {args.alias} already")
     theirs = registry.find(uri, champion)
     file, adapter = theirs.fetch(folder_in(scratch, "champion"))
-    if (base := load(file).model.path) != config.model.path:
+    if (base := load(file, []).model.path) != config.model.path:
         raise ConfigError(f"the {args.alias}, {champion}, is an adapter of {base}, and {args.version} of {config.model.path}")
     assert theirs.version is not None
     return config, candidate, theirs.version, (Side(f"version {theirs.version.version}", adapter), ours)

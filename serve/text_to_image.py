@@ -16,12 +16,12 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -40,7 +40,7 @@ KNOWN_FOR = 2.0  # seconds for which an alias, or the newest version, is not loo
 class TextToImage(Guarded, Painting):
     """The ``args`` of this application in a Serve configuration file."""
 
-    registered: list[Text] = []
+    registered: tuple[Text, ...] = ()
     """Registered models, all versions of which may be asked for."""
     runs: bool = False
     """Whether the adapter of any MLflow run may be asked for by the run's id."""
