@@ -40,7 +40,7 @@ KNOWN_FOR = 2.0  # seconds for which an alias, or the newest version, is not loo
 class TextToImage(Guarded, Painting):
     """The ``args`` of this application in a Serve configuration file."""
 
-    registered: tuple[Text, ...] = ()
+    registered: list[Text] = Field(default_factory=list)
     """Registered models, all versions of which may be asked for."""
     runs: bool = False
     """Whether the adapter of any MLflow run may be asked for by the run's id."""

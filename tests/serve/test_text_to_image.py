@@ -1,0 +1,181 @@
+"""What the service makes of requests and names, and that adapters never mix; tests/e2e/test_images_run.py asks the real service."""
+
+import gc
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from fastapi import HTTPException
+
+from flowbp_ray.backbones.sd3 import SD3Backbone
+from flowbp_ray.pictures import to_uint8
+from flowbp_ray.training import EXPORT_FILE, adapter
+from serve.painter import Painter, Painting, Picture
+from serve.text_to_image import SEEDS, Catalogue, TextToImage, api, encoded, understood, wanted
+
+
+def settings(tmp_path, **more):
+    given = {"model": {"path": "shapes"}, "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", **more}
+    return TextToImage.model_validate(given)
+
+
+def asked(**more):
+    from serve.text_to_image import Asked
+
+    return Asked(prompt="a red ring", **more)
+
+
+def test_a_request_is_as_many_pictures_of_seeds_that_count_on(tmp_path):
+    made = wanted(asked(n=2, seed=SEEDS - 1, size="32x64", steps=3, guidance_scale=1, strength=0.5), settings(tmp_path))
+    assert made == [Picture("a red ring", s, 0.5, 3, 1.0, 64, 32) for s in (SEEDS - 1, 0)]
+    (default,) = wanted(asked(size="auto"), settings(tmp_path, sampling={"steps": 7, "guidance_scale": 2.0}))
+    assert default[2:] == (1.0, 7, 2.0, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"{", "the body: Invalid JSON"),
+        (b"[]", "the body: Input should be an object"),
+        (b"{}", "prompt: Field required"),
+        (b'{"prompt": ""}', "prompt: String should have at least 1 character"),
+        (b'{"prompt": "a", "negative_prompt": "b"}', "negative_prompt: Extra inputs are not permitted"),
+        (b'{"prompt": "a", "size": "64"}', "size: String should match pattern"),
+        (b'{"prompt": "a", "strength": 5}', "strength: Input should be less than or equal to 4"),
+        (b'{"prompt": "a", "seed": -1}', "seed: Input should be greater than or equal to 0"),
+    ],
+)
+def test_what_is_no_request_is_refused(body, said):
+    with pytest.raises(HTTPException) as found:
+        understood(body)
+    assert found.value.status_code == 400
+    assert found.value.detail.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"), [({"n": 11}, "n: 11"), ({"size": "9999x9999"}, "size: "), ({"steps": 101}, "steps: 101")]
+)
+def test_too_much_is_refused(more, said, tmp_path):
+    with pytest.raises(HTTPException) as found:
+        wanted(asked(**more), settings(tmp_path))
+    assert (found.value.status_code, found.value.detail[: len(said)]) == (400, said)
+
+
+def test_a_name_is_a_folder_of_the_configured_one_and_nothing_else(tmp_path):
+    (tmp_path / "all" / "mine").mkdir(parents=True)
+    (tmp_path / "secret").mkdir()
+    for place in (tmp_path / "all" / "mine", tmp_path / "secret"):
+        (place / EXPORT_FILE).write_bytes(b"1")
+    catalogue = Catalogue(settings(tmp_path, adapters=str(tmp_path / "all"), registered=["aligned"]))
+    assert catalogue.resolve(None) == catalogue.resolve("shapes") == ""
+    first = catalogue.resolve("mine")
+    assert first.startswith(f"folder:{tmp_path}/all/mine#")
+    (tmp_path / "all" / "mine" / EXPORT_FILE).write_bytes(b"22")
+    assert catalogue.resolve("mine") not in ("", first)
+    run = "0" * 32
+    for name in ("..", "../secret", str(tmp_path / "secret"), "mine/..", "all", "aligned", "aligned/1", "aligned@champion", run):
+        with pytest.raises(HTTPException) as found:
+            catalogue.resolve(name)
+        assert found.value.status_code == 404
+    assert catalogue.names() == ["shapes", "mine"]
+    assert Catalogue(settings(tmp_path, runs=True)).resolve(run) == f"run:{run}"
+
+
+def test_the_description_has_what_the_service_takes():
+    described = api.openapi()["paths"]
+    body = described["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["additionalProperties"] is False
+    assert {"prompt", "model", "n", "size", "seed", "strength"} <= set(body["properties"])
+    assert {"/v1/models", "/healthz"} <= set(described)
+
+
+def test_png_is_exact():
+    import base64
+    import io
+
+    from PIL import Image
+
+    picture = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+    read = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded(picture, "png")))))
+    np.testing.assert_array_equal(read, picture)
+
+
+@pytest.fixture
+def adapters(tiny_pipeline, tmp_path):
+    """Folders of three adapters that are far apart."""
+    backbone = SD3Backbone.from_pretrained(tiny_pipeline)
+    targets = backbone.lora_targets(backbone.transformer)
+    adapter.add_adapter(backbone, rank=2, alpha=2.0, targets=targets, seed=0)
+    fresh, folders = adapter.read(backbone.transformer), {}
+    for number in range(3):
+        folders[f"a{number}"] = tmp_path / f"a{number}"
+        adapter.export(backbone, {k: v + 0.1 * (number + 1) for k, v in fresh.items()}, folders[f"a{number}"], weights="raw")
+    return folders
+
+
+@pytest.fixture
+def painter(tiny_pipeline, monkeypatch):
+    """A replica's object, without Serve around it."""
+    quiet = SimpleNamespace(Counter=lambda *_, **__: SimpleNamespace(inc=lambda **_: None))
+    monkeypatch.setattr("serve.painter.metrics", quiet)
+    return Painter(Painting.model_validate({"model": {"path": str(tiny_pipeline)}}), "sqlite:////nowhere.db")
+
+
+def test_adapters_that_are_sampled_at_once_never_mix(painter, adapters, tiny_pipeline):
+    picture = Picture("a red ring", 3, 1.0, 2, 2.0, 64, 64)
+    references = {}
+    for name, folder in adapters.items():
+        own = SD3Backbone.from_pretrained(tiny_pipeline)
+        own.pipeline.load_lora_weights(folder)
+        references[name] = to_uint8(own.sample([picture.prompt], [3], steps=2, guidance_scale=2.0, height=64, width=64))
+    own = SD3Backbone.from_pretrained(tiny_pipeline)
+    references["base"] = to_uint8(own.sample([picture.prompt], [3], steps=2, guidance_scale=2.0, height=64, width=64))
+    distances = [np.abs(references[a].astype(int) - references[b]).max() for a in references for b in references if a < b]
+    assert min(distances) > 10
+    held = {name: painter.fetched(f"folder:{folder}#1") for name, folder in adapters.items()} | {"base": None}
+    wrong = []
+
+    def ask(name):
+        for _ in range(4):
+            got = painter.sample(held[name], [picture])
+            if np.abs(got.astype(int) - references[name]).max() > 1:
+                wrong.append(name)
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in held]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    half = painter.sample(held["a0"], [picture._replace(strength=0.0)])
+    assert np.abs(half.astype(int) - references["base"]).max() <= 1
+
+
+def test_an_adapter_that_nothing_uses_is_dropped_and_can_be_had_again(painter, adapters):
+    picture = Picture("a red ring", 3, 1.0, 1, 1.0, 64, 64)
+    first = painter.fetched(f"folder:{adapters['a0']}#1")
+    before = painter.sample(first, [picture])
+    assert painter._loaded() == [first.name]
+    name = first.name
+    del first
+    gc.collect()
+    second = painter.fetched(f"folder:{adapters['a1']}#1")
+    painter.sample(second, [picture])
+    assert painter._loaded() == [second.name]
+    again = painter.fetched(f"folder:{adapters['a0']}#1")
+    np.testing.assert_array_equal(painter.sample(again, [picture]), before)
+    assert again.name != name
+
+
+def test_an_adapter_of_another_model_is_refused(painter, adapters, tiny_pipeline, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    other.mkdir()
+    state = load_file(adapters["a0"] / EXPORT_FILE)
+    save_file({k.replace("transformer_blocks", "double_blocks"): v for k, v in state.items()}, other / EXPORT_FILE)
+    with pytest.raises(ValueError, match=f"the adapter in {other} is another model's"):
+        painter.fetched(f"folder:{other}#1")
+    with pytest.raises(ValueError, match="is no folder here, and MLflow"):
+        painter.fetched("models:/nothing/1")
