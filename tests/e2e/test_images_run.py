@@ -1,4 +1,4 @@
-"""Text to image as its configuration file deploys it, asked by OpenAI's own client: the pipeline's pictures, whatever else goes on."""
+"""Text to image as its configuration file deploys it, asked by OpenAI's own client: always the pipeline's own pictures."""
 
 import base64
 import io
