@@ -1,4 +1,4 @@
-"""What the service makes of requests and names, and that adapters never mix; tests/e2e/test_images_run.py asks the real service."""
+"""What the service makes of requests and names; adapters never mix. tests/e2e/test_images_run.py asks the real service."""
 
 import gc
 import threading
