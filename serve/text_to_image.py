@@ -14,10 +14,11 @@ import io
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from PIL import Image
@@ -31,7 +32,8 @@ from flowbp_ray.rollouts import asking
 from flowbp_ray.tracking.store import tracking_uri
 from flowbp_ray.training import EXPORT_FILE
 from serve.guard import Guarded, bearer, body, entitled, token
-from serve.painter import FOLDER, RUN, Painting, Picture
+from serve.painter import FOLDER, RUN, VERSION, Painting, Picture
+from serve.studio.pages import Studio, router
 
 SEEDS = 2**32
 KNOWN_FOR = 2.0  # seconds for which an alias, or the newest version, is not looked up again
@@ -48,6 +50,8 @@ class TextToImage(Guarded, Painting):
     """A folder with adapters' folders, each of which may be asked for by its name; what is put there later counts too."""
     tracking_uri: Text | None = None
     """MLflow's tracking URI; null takes MLFLOW_TRACKING_URI, else a database under ~/.flowbp_ray."""
+    studio: Studio | None = None
+    """Pages for people under /studio; null has none."""
     max_pictures: PositiveInt = 10
     """The most that a request may ask for."""
     max_pixels: PositiveInt = 2048 * 2048
@@ -114,6 +118,7 @@ BODY = {"requestBody": {"required": True, "content": {"application/json": {"sche
 KINDS = {401: "authentication_error", 404: "not_found_error", 503: "server_error"}
 
 api = FastAPI(title="Text to image", version="1", description="Pictures by a base pipeline and the adapters on it.")
+api.include_router(router)
 
 
 @api.exception_handler(HTTPException)
@@ -244,16 +249,7 @@ class Front:
         asked = understood(await body(request, self.settings.max_megabytes))
         pictures = wanted(asked, self.settings)
         name = await asyncio.to_thread(self.catalogue.resolve, asked.model)
-        handle = self.painter.options(multiplexed_model_id=name)
-        under_way = [
-            asking.Request(handle, "draw", p, what=f"sampling by {name or 'the base'}", prompts=[p.prompt]) for p in pictures
-        ]
-        try:
-            made = await asyncio.gather(*[asyncio.to_thread(r.result) for r in under_way])
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from error
-        except asking.GivenUpError as error:
-            raise HTTPException(503, str(error)) from error
+        made = await self.draw(name, pictures)
         kind = asked.output_format or "png"
         files = [encoded(picture, kind) for picture in made]
         by_url = asked.response_format == "url"
@@ -265,7 +261,7 @@ class Front:
             ],
             output_format=kind,
             size=f"{pictures[0].width}x{pictures[0].height}",
-            model=name or self.settings.base,
+            model=label(name) or self.settings.base,
         )
 
     @api.get("/v1/models", responses={401: REFUSALS[401]}, dependencies=[Depends(bearer)])
@@ -286,6 +282,25 @@ class Front:
     async def healthz(self) -> str:
         """Whether this answers."""
         return "ok"
+
+    async def draw(self, name: str, pictures: Sequence[Picture]) -> list[np.ndarray]:
+        """Sample uint8 pictures ``(H, W, 3)`` by what replicas know by the name. 400 for what cannot be sampled, 503 for what
+        failed."""
+        handle, what = self.painter.options(multiplexed_model_id=name), f"sampling by {label(name) or 'the base'}"
+        under_way = [asking.Request(handle, "draw", p, what=what, prompts=[p.prompt]) for p in pictures]
+        try:
+            return await asyncio.gather(*[asyncio.to_thread(r.result) for r in under_way])
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        except asking.GivenUpError as error:
+            raise HTTPException(503, str(error)) from error
+
+
+def label(name: str) -> str:
+    """What people are told of the name between processes: no path of the service's; empty for the base."""
+    if name.startswith(FOLDER):
+        return Path(name.rpartition("#")[0]).name
+    return name.removeprefix(VERSION).removeprefix(RUN)
 
 
 def described(name: str) -> dict[str, Any]:

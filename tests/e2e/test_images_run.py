@@ -124,10 +124,10 @@ def test_models_are_listed_and_an_alias_is_a_version(client, store):
         "shapes", "shapes-aligned@champion", "shapes-aligned/2", "shapes-aligned/1", "loose"
     ]  # fmt: skip
     by_alias, answer = draw(client, "shapes-aligned@champion", 1)
-    assert answer.model == "models:/shapes-aligned/1"
+    assert answer.model == "shapes-aligned/1"
     np.testing.assert_array_equal(by_alias, draw(client, "shapes-aligned/1", 1)[0])
     newest, answer = draw(client, "shapes-aligned", 1)
-    assert answer.model == "models:/shapes-aligned/2"
+    assert answer.model == "shapes-aligned/2"
     assert np.abs(newest[0] - by_alias[0]).max() > 10
     assert client.models.retrieve("loose").id == "loose"
 

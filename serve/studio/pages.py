@@ -1,0 +1,268 @@
+"""The studio's pages and what their script asks for. A visitor bears the service's token once, then has a cookie."""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import random
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import jinja2
+import numpy as np
+from fastapi import APIRouter, Depends, Form, HTTPException, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
+from pydantic import BaseModel, Field
+from ray import serve
+
+from flowbp_ray.config import paths
+from flowbp_ray.config.section import Section, Text
+from flowbp_ray.rollouts import asking
+from flowbp_ray.rollouts.prompts import read_rows
+from flowbp_ray.shapes.captions import evaluation_prompts
+from serve.painter import Picture
+from serve.studio import gallery
+from serve.studio.votes import Pair, Votes
+
+if TYPE_CHECKING:
+    from serve.text_to_image import Front
+
+HERE = Path(__file__).parent
+COOKIE = "flowbp_studio"
+STATIC = {"studio.css": "text/css", "studio.js": "text/javascript"}
+#: Nothing is fetched from any other host, and no script runs that is not the studio's own.
+POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+SEEDS = 2**31
+
+router = APIRouter(prefix="/studio", include_in_schema=False)
+templates = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(HERE / "templates"), autoescape=True, undefined=jinja2.StrictUndefined
+)
+
+
+class Studio(Section):
+    """Pages for people under ``/studio``."""
+
+    runs: paths.Folder = Path("~/.flowbp_ray/runs")
+    """The folder of runs whose pictures are shown."""
+    scores: Text | None = None
+    """A reward application on the same cluster, such as ``rewards``, that scores each picture."""
+    prompts: paths.PromptsPath = "shapes"
+    """What the choices without names are of: a prompt file, or ``shapes``, the embedded world's evaluation prompts."""
+    votes: paths.AbsolutePath = Path("~/.flowbp_ray/votes.db")
+    """A SQLite file for these choices."""
+
+    def texts(self) -> list[str]:
+        """All prompts to choose by."""
+        if self.prompts == paths.TRAINING_PROMPTS:
+            return [text for task in evaluation_prompts(50, 0).values() for text in task]
+        return [row["prompt"] for row in read_rows(Path(self.prompts))]
+
+
+def here() -> "Front":
+    """The replica that answers."""
+    replica: Front = serve.get_replica_context().servable_object
+    if replica.settings.studio is None:
+        raise HTTPException(404, "this service has no studio: give its configuration one")
+    return replica
+
+
+AnyFront = Annotated[Any, Depends(here)]
+
+
+def badge(token: str) -> str:
+    """What a visitor's cookie has: not the token itself."""
+    return hmac.new(token.encode(), b"studio", hashlib.sha256).hexdigest()
+
+
+def visitor(request: Request, front: AnyFront) -> Any:
+    """The replica, for somebody who may ask it; everybody else is asked for the token first."""
+    if front.token is not None and not secrets.compare_digest(request.cookies.get(COOKIE, ""), badge(front.token)):
+        raise HTTPException(303, "give the token first", {"Location": f"{root(request)}/studio/login"})
+    return front
+
+
+Visited = Annotated[Any, Depends(visitor)]
+
+
+def root(request: Request) -> str:
+    """The application's own prefix."""
+    return str(request.scope.get("root_path", "")).rstrip("/")
+
+
+def page(request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:
+    """A page from its template."""
+    text = templates.get_template(f"{name}.html").render(root=f"{root(request)}/studio", here=name, **values)
+    headers = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
+    return HTMLResponse(text, status, headers)
+
+
+@router.get("/login")
+async def ask_for_token(request: Request, front: AnyFront) -> Response:
+    """The form for the token."""
+    return page(request, "login", wrong=False)
+
+
+@router.post("/login")
+async def log_in(request: Request, front: AnyFront, token: Annotated[str, Form(max_length=1000)] = "") -> Response:
+    """Give a cookie for the token."""
+    if front.token is not None and not secrets.compare_digest(token.strip().encode(), front.token.encode()):
+        return page(request, "login", 401, wrong=True)
+    answer = RedirectResponse(f"{root(request)}/studio", 303)
+    if front.token is not None:
+        answer.set_cookie(COOKIE, badge(front.token), httponly=True, samesite="strict", path=f"{root(request)}/studio")
+    return answer
+
+
+@router.get("/static/{name}")
+async def static(name: str) -> Response:
+    """Style and script."""
+    if name not in STATIC:
+        raise HTTPException(404, f"there is no {name}")
+    return FileResponse(HERE / "static" / name, media_type=STATIC[name])
+
+
+@router.get("")
+async def compare(request: Request, front: Visited) -> Response:
+    """A prompt by several models side by side."""
+    models = await asyncio.to_thread(front.catalogue.names)
+    return page(request, "compare", models=models, sampling=front.settings.sampling, scored=front.settings.studio.scores)
+
+
+class Wish(BaseModel):
+    """A picture for the page."""
+
+    prompt: str = Field(min_length=1, max_length=10_000)
+    model: str = Field(max_length=300)
+    seed: int = Field(ge=0, lt=SEEDS)
+    strength: float = Field(1.0, ge=-4, le=4)
+
+
+@router.post("/pictures")
+async def picture(front: Visited, wish: Wish) -> dict[str, Any]:
+    """A picture, as a data URL, and what it scored."""
+    name = await asyncio.to_thread(front.catalogue.resolve, wish.model)
+    drawn = await draw(front, name, wish.prompt, wish.seed, wish.strength)
+    scores = {}
+    if front.settings.studio.scores:
+        try:
+            scores = await asyncio.to_thread(judged, front.settings.studio.scores, drawn, wish.prompt)
+        except asking.GivenUpError as error:
+            raise HTTPException(503, str(error)) from error
+    return {"image": f"data:image/png;base64,{base64.b64encode(png(drawn)).decode()}", "scores": scores}
+
+
+async def draw(front: Any, name: str, prompt: str, seed: int, strength: float = 1.0) -> np.ndarray:
+    """A picture uint8 ``(H, W, 3)`` by what replicas know by the name."""
+    sampling = front.settings.sampling
+    one = Picture(prompt, seed, strength, sampling.steps, sampling.guidance_scale, sampling.height, sampling.width)
+    (drawn,) = await front.draw(name, [one])
+    return drawn
+
+
+def judged(application: str, drawn: np.ndarray, prompt: str) -> dict[str, float]:
+    """Every reward's score of a picture."""
+    handle = serve.get_deployment_handle("Rewards", application)
+    asked = asking.Request(handle, "judge", drawn[None], [prompt], what="scoring", prompts=[prompt])
+    return {name: float(values[0]) for name, values in asked.result().items()}
+
+
+def png(drawn: np.ndarray) -> bytes:
+    """The picture's file."""
+    from serve.text_to_image import encoded
+
+    return base64.b64decode(encoded(drawn, "png"))
+
+
+@router.get("/runs")
+async def all_runs(request: Request, front: Visited) -> Response:
+    """Every run that has pictures."""
+    found = await asyncio.to_thread(gallery.runs, front.settings.studio.runs)
+    return page(request, "runs", runs=found, folder=front.settings.studio.runs)
+
+
+@router.get("/runs/{name}")
+async def one_run(request: Request, front: Visited, name: str) -> Response:
+    """A run through its steps, its table, and pictures of its evaluation."""
+    return page(request, "run", run=run_named(front, name))
+
+
+@router.get("/runs/{name}/files/{path:path}")
+async def file(front: Visited, name: str, path: str) -> Response:
+    """A picture of a run."""
+    found = gallery.picture_of(run_named(front, name), path)
+    if found is None:
+        raise HTTPException(404, f"the run {name} has no picture {path}")
+    return FileResponse(found, media_type="image/png")
+
+
+def run_named(front: Any, name: str) -> gallery.Run:
+    """A run; 404 if there is none."""
+    found = gallery.run_of(front.settings.studio.runs, name)
+    if found is None:
+        raise HTTPException(404, f"there is no run {name} with pictures")
+    return found
+
+
+@router.get("/blind")
+async def blind(request: Request, front: Visited) -> Response:
+    """Choose between pictures without names."""
+    return page(request, "blind", models=await asyncio.to_thread(front.catalogue.names))
+
+
+class Match(BaseModel):
+    """Which two models stand against each other."""
+
+    model: str = Field(max_length=300)
+    other: str = Field(max_length=300)
+
+
+@router.post("/pairs")
+async def new_pair(front: Visited, match: Match) -> dict[str, str]:
+    """A prompt, and the id of two pictures of it in random order; which is whose is kept here."""
+    names = [await asyncio.to_thread(front.catalogue.resolve, m) for m in (match.model, match.other)]
+    if names[0] == names[1]:
+        raise HTTPException(400, f"{match.model} and {match.other} are the same: choose two models")
+    draws = random.SystemRandom()
+    draws.shuffle(names)
+    prompt = draws.choice(await asyncio.to_thread(front.settings.studio.texts))
+    pair = Pair(secrets.token_urlsafe(12), prompt, draws.randrange(SEEDS), *names)
+    await asyncio.to_thread(Votes(front.settings.studio.votes).show, pair)
+    return {"id": pair.id, "prompt": prompt}
+
+
+@router.get("/pairs/{number}/{side}.png")
+async def half(front: Visited, number: str, side: Literal["left", "right"]) -> Response:
+    """One of a pair's pictures; nothing in it or beside it says whose it is."""
+    pair = await asyncio.to_thread(Votes(front.settings.studio.votes).pair, number)
+    if pair is None:
+        raise HTTPException(404, "there is no such pair")
+    by = pair.left if side == "left" else pair.right
+    drawn = await draw(front, by, pair.prompt, pair.seed)
+    return Response(png(drawn), media_type="image/png", headers={"Cache-Control": "no-store"})
+
+
+class Choice(BaseModel):
+    """Which picture is the better one."""
+
+    choice: Literal["left", "right", "same"]
+
+
+@router.post("/pairs/{number}")
+async def choose(front: Visited, number: str, choice: Choice) -> dict[str, bool]:
+    """Note a choice, once for each pair."""
+    if not await asyncio.to_thread(Votes(front.settings.studio.votes).choose, number, choice.choice):
+        raise HTTPException(409, "this pair is not known, or was chosen from before")
+    return {"noted": True}
+
+
+@router.get("/results")
+async def results(request: Request, front: Visited) -> Response:
+    """What the choices add up to."""
+    from serve.text_to_image import label
+
+    standings = await asyncio.to_thread(Votes(front.settings.studio.votes).standings)
+    name = front.settings.base
+    named = [s._replace(model=label(s.model) or name, other=label(s.other) or name) for s in standings]
+    return page(request, "results", standings=named)

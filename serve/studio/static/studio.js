@@ -1,0 +1,145 @@
+// The three pages that do something by themselves: comparing, a run through its steps, choosing without names.
+"use strict";
+
+const root = document.body.dataset.root;
+const by = (id) => document.getElementById(id);
+
+async function ask(path, body) {
+  const answer = await fetch(root + path, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+  });
+  if (answer.redirected) location.assign(`${root}/login`);
+  const said = await answer.json();
+  if (!answer.ok) throw new Error(said.error ? said.error.message : JSON.stringify(said.detail));
+  return said;
+}
+
+function element(name, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+}
+
+function comparing(form) {
+  const status = by("status"), pictures = by("pictures");
+  let latest = 0;
+
+  async function fill(figure, wish) {
+    const made = await ask("/pictures", wish);
+    const image = figure.querySelector("img");
+    image.src = made.image;
+    const scores = figure.querySelector("dl");
+    scores.replaceChildren();
+    for (const [name, value] of Object.entries(made.scores))
+      scores.append(element("dt", { textContent: name }), element("dd", { textContent: value.toFixed(3) }));
+    const link = figure.querySelector("a");
+    Object.assign(link, { href: made.image, download: `${wish.model.replace(/\W+/g, "-")}_${wish.seed}.png`, hidden: false });
+  }
+
+  async function draw(again) {
+    const mine = ++latest, data = new FormData(form);
+    const prompt = data.get("prompt"), strength = Number(data.get("strength"));
+    const models = data.getAll("model"), first = Number(data.get("seed"));
+    if (!models.length) return void (status.textContent = "Choose a model.");
+    if (!again) {
+      pictures.replaceChildren();
+      for (let seed = first; seed < first + Number(data.get("count")); seed++) {
+        const row = element("div", { className: "seed" });
+        for (const model of models) {
+          const figure = element("figure", {},
+            element("img", { alt: `${prompt}, by ${model}, seed ${seed}` }),
+            element("figcaption", {}, element("strong", { textContent: model }), ` seed ${seed}`, element("dl"),
+              element("a", { textContent: "Download", ariaLabel: `Download the picture by ${model}, seed ${seed}`, hidden: true })));
+          figure.wish = { model, seed };
+          row.append(figure);
+        }
+        pictures.append(row);
+      }
+    }
+    const figures = [...pictures.querySelectorAll("figure")];
+    let done = 0;
+    status.textContent = `Sampling ${figures.length} pictures …`;
+    try {
+      await Promise.all(figures.map(async (figure) => {
+        await fill(figure, { prompt, strength, ...figure.wish });
+        if (mine === latest) status.textContent = `${++done} of ${figures.length} pictures`;
+      }));
+    } catch (error) {
+      if (mine === latest) status.textContent = error.message;
+    }
+  }
+
+  form.addEventListener("submit", (event) => { event.preventDefault(); draw(false); });
+  by("strength").addEventListener("input", (event) => { by("amount").value = event.target.value; });
+  by("strength").addEventListener("change", () => { if (pictures.childElementCount) draw(true); });
+}
+
+function sliding(slider) {
+  const versions = slider.dataset.versions.split(",");
+  function show() {
+    const index = Number(slider.value);
+    by("steps").value = versions[index];
+    slider.setAttribute("aria-valuetext", `after ${versions[index]} steps`);
+    for (const figure of document.querySelectorAll(".cards figure")) {
+      const frames = figure.querySelectorAll(".frame");
+      frames.forEach((frame, place) => frame.classList.toggle("chosen", place === index));
+      figure.querySelector(".now").src = frames[index].src;
+    }
+  }
+  slider.addEventListener("input", show);
+  show();
+}
+
+function choosing(form) {
+  const status = by("status"), section = by("pair"), buttons = [...section.querySelectorAll("button")];
+  let pair = null, chosen = 0;
+
+  async function next() {
+    buttons.forEach((button) => { button.disabled = true; });
+    pair = null;
+    try {
+      const made = await ask("/pairs", Object.fromEntries(new FormData(form)));
+      by("asked").textContent = made.prompt;
+      section.hidden = false;
+      await Promise.all(["left", "right"].map((side) => new Promise((resolve, reject) => {
+        by(side).onload = resolve;
+        by(side).onerror = () => reject(new Error("A picture could not be made."));
+        by(side).src = `${root}/pairs/${made.id}/${side}.png`;
+      })));
+      pair = made.id;
+      buttons.forEach((button) => { button.disabled = false; });
+      status.textContent = chosen ? `${chosen} chosen` : "The arrow keys choose too.";
+    } catch (error) {
+      status.textContent = error.message;
+    }
+  }
+
+  async function choose(choice) {
+    if (!pair) return;
+    const of = pair;
+    pair = null;
+    try {
+      await ask(`/pairs/${of}`, { choice });
+      chosen += 1;
+      await next();
+    } catch (error) {
+      status.textContent = error.message;
+    }
+  }
+
+  form.addEventListener("submit", (event) => { event.preventDefault(); next(); });
+  buttons.forEach((button) => button.addEventListener("click", () => choose(button.dataset.choice)));
+  document.addEventListener("keydown", (event) => {
+    const choice = { ArrowLeft: "left", ArrowRight: "right", ArrowDown: "same" }[event.key];
+    if (choice && pair && !["SELECT", "INPUT"].includes(document.activeElement.tagName)) {
+      event.preventDefault();
+      choose(choice);
+    }
+  });
+}
+
+if (by("compare")) comparing(by("compare"));
+if (by("version")) sliding(by("version"));
+if (by("match")) choosing(by("match"));
