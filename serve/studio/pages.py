@@ -8,10 +8,11 @@ import random
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import parse_qs
 
 import jinja2
 import numpy as np
-from fastapi import APIRouter, Depends, Form, HTTPException, Request, Response
+from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
 from pydantic import BaseModel, Field
 from ray import serve
@@ -21,6 +22,7 @@ from flowbp_ray.config.section import Section, Text
 from flowbp_ray.rollouts import asking
 from flowbp_ray.rollouts.prompts import read_rows
 from flowbp_ray.shapes.captions import evaluation_prompts
+from serve.guard import body
 from serve.painter import Picture
 from serve.studio import gallery
 from serve.studio.votes import Pair, Votes
@@ -105,8 +107,9 @@ async def ask_for_token(request: Request, front: AnyFront) -> Response:
 
 
 @router.post("/login")
-async def log_in(request: Request, front: AnyFront, token: Annotated[str, Form(max_length=1000)] = "") -> Response:
+async def log_in(request: Request, front: AnyFront) -> Response:
     """Give a cookie for the token."""
+    (token,) = parse_qs((await body(request, 1)).decode("utf-8", "replace")).get("token", [""])[:1]
     if front.token is not None and not secrets.compare_digest(token.strip().encode(), front.token.encode()):
         return page(request, "login", 401, wrong=True)
     answer = RedirectResponse(f"{root(request)}/studio", 303)
