@@ -63,9 +63,15 @@ def main() -> None:
     if (folder / runs.BEGAN).exists():
         print(f"going on with the run in {folder} (--new starts another one)")
     again = "the same command goes on with it"
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        """End as by Ctrl-C. Whoever sent this may give it seconds only, so what matters is said first."""
+        print(f"\nstopping; {latest_checkpoint(config, folder)}; {again}", flush=True)
+        interrupt(signum, frame)
+
     try:
         with cluster(config):
-            signal.signal(signal.SIGTERM, interrupt)  # `ray job stop`; from now on, since ray.init takes it for itself
+            signal.signal(signal.SIGTERM, stop)  # `ray job stop`; from now on, since ray.init takes it for itself
             runs.begin(config, folder, asked)
             outcome = align(config, folder)
     except KeyboardInterrupt:
