@@ -2,11 +2,6 @@
 
 import base64
 import io
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +12,9 @@ import openai
 import psutil
 import pytest
 import requests
-import yaml
 from mlflow import MlflowClient
 from PIL import Image
+from serving import served
 
 from flowbp_ray.config import dump, load
 from flowbp_ray.shapes import BASE
@@ -56,42 +51,17 @@ def store(tmp_path_factory):
 def url(store, tmp_path_factory):
     """`serve run` of the committed file, with two replicas that hold two adapters each, on a cluster of its own."""
     uri, place, _ = store
-    folder = tmp_path_factory.mktemp("serve")
-    config = yaml.safe_load((ROOT / "configs/serve/text_to_image.yaml").read_text())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        config["http_options"]["port"] = free.getsockname()[1]
-    config["applications"][0]["args"] |= {
-        "tracking_uri": uri,
-        "adapters": str(place / "adapters"),
-        "images": {"replicas": 2, "cpus": 0.4},
-        "adapters_held": 2,
-    }
-    (folder / "images.yaml").write_text(yaml.safe_dump(config))
-    command = [str(Path(sys.executable).with_name("serve")), "run", "--address", "local", str(folder / "images.yaml")]
-    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"FLOWBP_TOKEN": "secret", "OMP_NUM_THREADS": "1"}
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    at = f"http://127.0.0.1:{config['http_options']['port']}"
-    try:
-        for _ in range(300):
-            assert server.poll() is None, (folder / "log").read_text()
-            try:
-                if requests.get(f"{at}/healthz", timeout=60).status_code == 200:
-                    break
-            except requests.ConnectionError:
-                pass
-            time.sleep(1)
-        else:
-            pytest.fail((folder / "log").read_text())
+
+    def change(config):
+        config["applications"][0]["args"] |= {
+            "tracking_uri": uri,
+            "adapters": str(place / "adapters"),
+            "images": {"replicas": 2, "cpus": 0.4},
+            "adapters_held": 2,
+        }
+
+    with served("configs/serve/text_to_image.yaml", tmp_path_factory.mktemp("serve"), "/healthz", change) as at:
         yield at
-    finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(60)
-        finally:
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGKILL)
 
 
 @pytest.fixture

@@ -3,66 +3,29 @@
 import base64
 import io
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import requests
 import torch
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from serving import TOKEN, served
 
 from flowbp_ray import shapes
 from flowbp_ray.rewards.clip import CLIPScore
 
 ROOT = Path(__file__).parents[2]
-TOKEN = {"Authorization": "Bearer secret"}
-
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     """`serve run` of the committed file on a cluster of its own, at a free port."""
-    folder = tmp_path_factory.mktemp("serve")
-    config = yaml.safe_load((ROOT / "configs/serve/rewards.yaml").read_text())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        config["http_options"]["port"] = free.getsockname()[1]
-    (folder / "rewards.yaml").write_text(yaml.safe_dump(config))
-    command = [str(Path(sys.executable).with_name("serve")), "run", "--address", "local", str(folder / "rewards.yaml")]
-    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"FLOWBP_TOKEN": "secret", "OMP_NUM_THREADS": "1"}
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    at = f"http://127.0.0.1:{config['http_options']['port']}/rewards"
-    try:
-        for _ in range(300):
-            assert server.poll() is None, (folder / "log").read_text()
-            try:
-                if requests.get(f"{at}/v1/components", headers=TOKEN, timeout=60).status_code == 200:
-                    break
-            except requests.ConnectionError:
-                pass
-            time.sleep(1)
-        else:
-            pytest.fail((folder / "log").read_text())
-        yield at
-    finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(60)
-        finally:
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGKILL)
+    with served("configs/serve/rewards.yaml", tmp_path_factory.mktemp("serve"), "/rewards/v1/components") as at:
+        yield f"{at}/rewards"
 
 
 @pytest.fixture(scope="module")
