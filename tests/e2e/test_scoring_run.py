@@ -17,7 +17,6 @@ from serving import TOKEN, served
 from flowbp_ray import shapes
 from flowbp_ray.rewards.clip import CLIPScore
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
