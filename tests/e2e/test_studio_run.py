@@ -1,4 +1,4 @@
-"""The whole way on real clusters: align, register, serve, promote; and the studio in a real browser (``--screenshots FOLDER``)."""
+"""The whole way on real clusters: align, register, serve, promote; the studio in a real browser (``--screenshots FOLDER``)."""
 
 import base64
 import io
