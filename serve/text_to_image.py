@@ -232,6 +232,18 @@ class Catalogue:
         return found
 
 
+def label(name: str) -> str:
+    """What people are told of the name between processes: no path of the service's; empty for the base."""
+    if name.startswith(FOLDER):
+        return Path(name.rpartition("#")[0]).name
+    return name.removeprefix(VERSION).removeprefix(RUN)
+
+
+def described(name: str) -> dict[str, Any]:
+    """A model as OpenAI lists it."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "flowbp_ray"}
+
+
 # Last: Serve keeps a copy of the application as it is here, with what it refers to.
 @serve.ingress(api)
 class Front:
@@ -294,18 +306,6 @@ class Front:
             raise HTTPException(400, str(error)) from error
         except asking.GivenUpError as error:
             raise HTTPException(503, str(error)) from error
-
-
-def label(name: str) -> str:
-    """What people are told of the name between processes: no path of the service's; empty for the base."""
-    if name.startswith(FOLDER):
-        return Path(name.rpartition("#")[0]).name
-    return name.removeprefix(VERSION).removeprefix(RUN)
-
-
-def described(name: str) -> dict[str, Any]:
-    """A model as OpenAI lists it."""
-    return {"id": name, "object": "model", "created": 0, "owned_by": "flowbp_ray"}
 
 
 def build(args: TextToImage) -> serve.Application:
