@@ -162,7 +162,7 @@ def rendered(text: str) -> str:
     """The Markdown table and what is below it as HTML."""
     rows = [[markup.escape(c.strip()) for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     head, body = rows[0], rows[2:]
-    lines = ["".join(f"<th scope=col>{c}</th>" for c in head)]
+    lines = ["".join(f"<th scope=col>{c}</th>" if c else "<td></td>" for c in head)]
     lines += ["".join(f"<th scope=row>{c}</th>" if n == 0 else f"<td>{c}</td>" for n, c in enumerate(row)) for row in body]
     below = markup.escape(text.strip().splitlines()[-1]).replace("**", "")
     return f"<div class=wide><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table></div><p>{below}</p>"

@@ -162,7 +162,7 @@ def test_compare(page, pytestconfig):
     page.get_by_label("Prompt").fill(PROMPT)
     page.get_by_label("shapes-aligned/1").check()
     page.get_by_role("button", name="Generate").click()
-    expect(page.get_by_role("status")).to_have_text("6 of 6 pictures", timeout=120_000)
+    expect(page.locator("#status")).to_have_text("6 of 6 pictures", timeout=120_000)
     figures = page.locator("#pictures figure")
     expect(figures).to_have_count(6)
     for number in range(6):
@@ -182,7 +182,7 @@ def test_compare(page, pytestconfig):
     for _ in range(10):
         page.keyboard.press("ArrowLeft")
     expect(page.locator("#amount")).to_have_text("0")
-    expect(page.get_by_role("status")).to_have_text("6 of 6 pictures", timeout=120_000)
+    expect(page.locator("#status")).to_have_text("6 of 6 pictures", timeout=120_000)
     page.wait_for_function("new Set([...document.querySelectorAll('#pictures img')].map(i => i.src)).size == 2")
     assert base.get_attribute("src") == unchanged  # an adapter of no strength is the base
 
@@ -190,7 +190,7 @@ def test_compare(page, pytestconfig):
     for box in page.get_by_role("checkbox").all():
         box.uncheck()
     page.get_by_role("button", name="Generate").click()
-    expect(page.get_by_role("status")).to_have_text("Choose a model.")
+    expect(page.locator("#status")).to_have_text("Choose a model.")
 
 
 def test_a_run_through_its_steps(page, aligned, pytestconfig):
@@ -227,11 +227,11 @@ def test_choices_without_names_add_up(page, pytestconfig):
     expect(page.get_by_role("button", name="← Left")).to_be_enabled(timeout=60_000)
     look(page, "blind", pytestconfig.getoption("screenshots"))
     page.keyboard.press("ArrowLeft")
-    expect(page.get_by_role("status")).to_have_text("1 chosen", timeout=60_000)
+    expect(page.locator("#status")).to_have_text("1 chosen", timeout=60_000)
     page.get_by_role("button", name="Right →").click()
-    expect(page.get_by_role("status")).to_have_text("2 chosen", timeout=60_000)
+    expect(page.locator("#status")).to_have_text("2 chosen", timeout=60_000)
     page.keyboard.press("ArrowDown")
-    expect(page.get_by_role("status")).to_have_text("3 chosen", timeout=60_000)
+    expect(page.locator("#status")).to_have_text("3 chosen", timeout=60_000)
     assert len(said) >= 7
     assert not any("shapes" in text for text in said)  # which is whose is not sent
     page.get_by_role("main").get_by_role("link", name="Results").click()
@@ -247,11 +247,11 @@ def test_the_better_version_is_promoted_and_the_worse_one_is_not(aligned):
     store = f"tracking.uri=sqlite:///{aligned}/mlflow.db"
     won = command("promote", "models:/shapes-aligned/2", store, "--metric", "reward/judge")
     assert "champion  of shapes-aligned is now 2" in won.stdout
-    assert client.get_model_version_by_alias("shapes-aligned", "champion").version == "2"
+    assert str(client.get_model_version_by_alias("shapes-aligned", "champion").version) == "2"
     assert client.get_model_version("shapes-aligned", "2").tags["promotion"].startswith("won: reward/judge +")
     lost = command("promote", "models:/shapes-aligned/1", store, "--metric", "reward/judge", check=False)
     assert (lost.returncode, "champion  of shapes-aligned stays 2" in lost.stdout) == (1, True)
-    assert client.get_model_version_by_alias("shapes-aligned", "champion").version == "2"
+    assert str(client.get_model_version_by_alias("shapes-aligned", "champion").version) == "2"
     assert "not won" in client.get_model_version("shapes-aligned", "1").tags["promotion"]
     again = command("promote", "models:/shapes-aligned/2", store, check=False)
     assert (again.returncode, again.stderr.strip().splitlines()[-1]) == (2, "models:/shapes-aligned/2 is the champion already")
