@@ -59,6 +59,7 @@ def align(config: AlignConfig, folder: Path) -> Outcome:
     """Run on the connected cluster and write to the ``folder``: a new one, or that of a run that was not finished."""
     prompts = read_prompts(config.prompts)
     with session(config, folder) as at:
+        note_prompts(config, prompts, at)
         base = judged(config, "base", at, None, 0, folder) if config.evaluation.before else None
         preview = previewed(config)
         result = trained(config, prompts, folder, at, preview)
@@ -88,6 +89,13 @@ def align(config: AlignConfig, folder: Path) -> Outcome:
         before = None if base is None else scores(base)
         seconds = ray.get(at.tracker.seconds.remote())
     return Outcome(folder, exported, before, scores(aligned), at.info, seconds, shown, notes)
+
+
+def note_prompts(config: AlignConfig, prompts: list[str], at: Session) -> None:
+    """Log what is trained and judged with."""
+    shown = [row["prompt"] for rows in pictured(config).values() for row in rows]
+    ray.get(at.tracker.prompts.remote(config.prompts.path, prompts, "training"))
+    ray.get(at.tracker.prompts.remote(config.evaluation.prompts, shown, "evaluation"))
 
 
 def best(config: AlignConfig, result: Result) -> tuple[Checkpoint, int, dict[str, str]]:

@@ -223,6 +223,8 @@ def finish(config: AlignConfig, folder: Path, results: "list[Result]") -> None:
     (folder / "report.html").write_text(html(results, folder), encoding="utf-8")
     named = config.tracking.run_name or f"evaluate {results[0].name}"
     run = TrackedRun(tracking_uri(config.tracking.uri), config.tracking.experiment, named, config=config.model_dump(mode="json"))
+    rows = [row["prompt"] for some in pictured(config).values() for row in some]
+    run.prompts(config.evaluation.prompts, rows, "evaluation")
     run.metrics({f"eval/{k}": s.value for k, s in results[0].scores.items()}, 0)
     run.metrics({f"eval/{k}_error": s.error for k, s in results[0].scores.items()}, 0)
     for file in ("table.md", "report.html", "protocol.json", "result.json"):

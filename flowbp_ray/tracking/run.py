@@ -8,13 +8,14 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
 from flowbp_ray.tracking.store import SERVERS, artifact_root, make_room, masked
 
@@ -111,6 +112,15 @@ class TrackedRun:
     def tag(self, key: str, value: str) -> None:
         """Set a tag, in place of an earlier one of the key."""
         self._client.set_tag(self.run_id, key, value, synchronous=True)
+
+    def prompts(self, name: str, prompts: Sequence[str], context: Literal["training", "evaluation"]) -> None:
+        """Log which prompts these are, as a dataset, so that MLflow finds all runs that had them: ``name`` is a file's path,
+        or the embedded world's word."""
+        digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
+        about = json.dumps({"num_rows": len(prompts)})
+        dataset = Dataset(Path(name).name, digest, source_type="local", source=json.dumps({"uri": name}), profile=about)
+        tag = InputTag("mlflow.data.context", context)
+        self._client.log_inputs(self.run_id, [DatasetInput(dataset, [tag])])
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Keep a file, or a folder with all that is in it, under its own name in the run's ``folder`` (or at its top).

@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -135,6 +135,11 @@ class Tracker:
         """Keep a text, in place of an earlier one of the name, in the folder and as `TrackedRun.text`."""
         replace_text(self.folder / artifact_file, text)
         self._later(self.run.text, text, artifact_file)
+        self._send()
+
+    def prompts(self, name: str, prompts: Sequence[str], context: Literal["training", "evaluation"]) -> None:
+        """As `TrackedRun.prompts`."""
+        self._later(self.run.prompts, name, prompts, context)
         self._send()
 
     def artifact(self, path: Path, folder: str | None = None) -> None:

@@ -253,3 +253,20 @@ def test_the_code_version(checkout, tmp_path):
     assert versions[0] == versions[2] != versions[1]
     (tmp_path / ".git").mkdir()
     assert code_version(tmp_path)["git.commit"].startswith("unknown: fatal: not a git repository")
+
+
+def test_prompts_are_datasets_by_what_they_contain(start, uri):
+    first, again, other = start(), start(), start()
+    for run, prompts in ((first, ["a", "b"]), (again, ["a", "b"]), (other, ["a", "c"])):
+        for _ in range(2):  # as a run that goes on
+            run.prompts("/somewhere/prompts.txt", prompts, "training")
+    client = MlflowClient(uri)
+    inputs = [client.get_run(r.run_id).inputs.dataset_inputs for r in (first, again, other)]
+    assert [len(of) for of in inputs] == [1, 1, 1]
+    names, digests = ({getattr(i.dataset, k) for (i,) in inputs} for k in ("name", "digest"))
+    assert names == {"prompts.txt"}
+    assert len(digests) == 2
+    assert inputs[0][0].dataset.digest == inputs[1][0].dataset.digest
+    assert {t.key: t.value for t in inputs[0][0].tags} == {"mlflow.data.context": "training"}
+    found = client.search_runs([first.experiment_id], "dataset.name = 'prompts.txt'")
+    assert {first.run_id, again.run_id, other.run_id} <= {r.info.run_id for r in found}
