@@ -1,13 +1,16 @@
-"""Measure the parts of an alignment, without checkpoints or network; all but `reward` without ray.
+"""Measure the parts of an alignment, without checkpoints or network; all but `reward` and `images` without ray.
 
     python -m pipelines.benchmark update --model sd35 --random-weights
     python -m pipelines.benchmark update --model flux1 --random-weights --full --gradient-checkpointing --batch 2
     python -m pipelines.benchmark fits --caps 24 48 80
     python -m pipelines.benchmark reward
+    python -m pipelines.benchmark images --clients 32 --seconds 60
 
 `update` measures one step at a time against the whole graph, on the GPU if there is one, and says what fits for its model;
 `fits` counts that for all models, without a GPU; `reward` compares the reward service, on a local cluster, with a call in one
-process, and kills a replica of it under load. Each table in Markdown is followed by its figures as one line of JSON.
+process, and kills a replica of it under load; `images` asks the text-to-image service, on a local cluster, one by one and with
+many clients at once, while a replica is killed and an adapter replaced. Each table in Markdown is followed by its figures as one
+line of JSON.
 """
 
 import argparse
@@ -45,6 +48,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     reward = commands.add_parser("reward", help="milliseconds and bytes of the reward service over a call in one process")
     reward.add_argument("--repeats", type=int, default=20, help="requests whose median is taken (default: %(default)s)")
     reward.add_argument("--clients", type=int, default=4, help="that ask at once, later on (default: %(default)s)")
+    images = commands.add_parser("images", help="the text-to-image service under load, and what of it fails")
+    images.add_argument("--clients", type=int, default=32, help="that ask at once (default: %(default)s)")
+    images.add_argument("--seconds", type=float, default=60, help="of load (default: %(default)s)")
+    images.add_argument("--replicas", type=int, default=2, help="that sample (default: %(default)s)")
     for command in (update, fits):
         command.add_argument(
             "--caps", type=float, nargs="+", default=[24, 48, 80], metavar="GB", help="GPUs' memory (default: 24 48 80)"
@@ -59,6 +66,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     if args.command == "reward":
         if min(args.repeats, args.clients) < 1:
             parser.error(f"--repeats {args.repeats} --clients {args.clients}: at least 1 of each is needed")
+        return args
+    if args.command == "images":
+        if min(args.clients, args.replicas, args.seconds) < 1:
+            parser.error(
+                f"--clients {args.clients} --replicas {args.replicas} --seconds {args.seconds:g}: at least 1 of each is needed"
+            )
         return args
     if min(args.caps) <= 0:
         parser.error(f"--caps {min(args.caps):g}: a GPU has more than 0 GB")
@@ -77,6 +90,13 @@ def main(given: list[str] | None = None) -> None:
         rows = reward_cost.measure(args.repeats, args.clients, lambda text: print(text, file=sys.stderr))
         print(reward_cost.table(rows))
         print(json.dumps(rows))
+        return
+    if args.command == "images":
+        from pipelines import image_load
+
+        row = image_load.measure(args.clients, args.seconds, args.replicas, lambda text: print(text, file=sys.stderr))
+        print(image_load.table(row))
+        print(json.dumps(row))
         return
     from flowbp_ray.backbones.published import PUBLISHED
     from pipelines import full_size
