@@ -31,7 +31,16 @@ def served(file, folder, path, change=None):
     command = [str(Path(sys.executable).with_name("serve")), "run", "--address", "local", str(folder / "serve.yaml")]
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"FLOWBP_TOKEN": "secret", "OMP_NUM_THREADS": "1"}
     with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        server = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=env,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # A test run in the background has Ctrl-C ignored, and would hand that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
     at = f"http://127.0.0.1:{config['http_options']['port']}"
     try:
         for _ in range(300):
