@@ -76,10 +76,9 @@ def page(at):
 
 def test_charts_have_curves_and_pictures_by_step(page, at, store):
     page.goto(f"{at}/#/experiments/{store[1][0].experiment_id}/runs?compareRunsMode=CHART")
-    expect(page.get_by_text("preview (2)")).to_be_visible()
-    expect(page.get_by_text("reward (1)")).to_be_attached()
-    section = page.get_by_text("preview (2)")
-    section.scroll_into_view_if_needed()
+    for section in ("reward", "preview"):
+        expect(page.get_by_role("figure").filter(has_text=section).first).to_be_attached()
+    page.get_by_role("figure").filter(has_text="preview").first.scroll_into_view_if_needed()
     pictures = page.locator("img[src*='get-artifact']")
     expect(pictures.first).to_be_visible()
     assert page.evaluate("[...document.querySelectorAll(\"img[src*='get-artifact']\")].every(i => i.naturalWidth > 0)")
