@@ -14,13 +14,15 @@ import io
 import re
 import secrets
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import ray
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from ray import serve
@@ -244,6 +246,18 @@ def described(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "flowbp_ray"}
 
 
+def exported() -> list[str]:
+    """Lines of metrics of every machine that are about Serve, or this service. OSError if a machine gives none."""
+    found = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            at = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+            with urllib.request.urlopen(at, timeout=10) as answer:
+                text = answer.read().decode()
+            found += [line for line in text.splitlines() if re.match(r"(# (HELP|TYPE) )?ray_(serve|flowbp)_", line)]
+    return found
+
+
 # Last: Serve keeps a copy of the application as it is here, with what it refers to.
 @serve.ingress(api)
 class Front:
@@ -294,6 +308,16 @@ class Front:
     async def healthz(self) -> str:
         """Whether this answers."""
         return "ok"
+
+    @api.get("/metrics", responses={401: REFUSALS[401], 503: REFUSALS[503]}, dependencies=[Depends(bearer)])
+    async def metrics(self, request: Request) -> Response:
+        """What Ray measures of Serve's deployments and their replicas, on all machines, as Prometheus reads it."""
+        entitled(request, self.token)
+        try:
+            lines = await asyncio.to_thread(exported)
+        except OSError as error:
+            raise HTTPException(503, f"Ray gives no metrics: {error}") from error
+        return PlainTextResponse("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")
 
     async def draw(self, name: str, pictures: Sequence[Picture]) -> list[np.ndarray]:
         """Sample uint8 pictures ``(H, W, 3)`` by what replicas know by the name. 400 for what cannot be sampled, 503 for what

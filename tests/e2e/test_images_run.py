@@ -14,7 +14,7 @@ import pytest
 import requests
 from mlflow import MlflowClient
 from PIL import Image
-from serving import served
+from serving import TOKEN, served
 
 from flowbp_ray.config import dump, load
 from flowbp_ray.shapes import BASE
@@ -138,6 +138,17 @@ def test_what_cannot_be_is_refused_in_openais_words(client, url):
         f"{url}/v1/images/generations", headers={"Authorization": "Bearer secret"}, data=b" " * (33 * 2**20), timeout=60
     )
     assert large.status_code == 413
+
+
+def test_metrics_of_the_replicas_are_there(client, url):
+    draw(client, "loose", 0)
+    assert requests.get(f"{url}/metrics", timeout=60).status_code == 401
+    until = time.monotonic() + 60
+    while "ray_flowbp_pictures_total{" not in (text := requests.get(f"{url}/metrics", headers=TOKEN, timeout=60).text):
+        assert time.monotonic() < until, text[:1000]
+        time.sleep(1)
+    assert "ray_serve_deployment" in text
+    assert all(line.startswith(("ray_serve_", "ray_flowbp_", "# ")) for line in text.splitlines())
 
 
 def test_no_picture_is_wrong_while_a_replica_is_killed_and_an_adapter_is_replaced(client, store):
