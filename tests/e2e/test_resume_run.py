@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -204,6 +205,35 @@ def test_without_retries_a_lost_train_worker_ends_the_run_with_a_sentence_and_th
     assert all(group["state"] == "REMOVED" for group in ray.util.placement_group_table().values())
 
     align(configured(tmp_path), folder)
+    one, two = final(outcome.folder), final(folder)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert points(config) == wanted
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own, with room for two checkpoints and not for three, and what gives it more."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], check=False, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield place, lambda: subprocess.run(["mount", "-o", "remount,size=64m", place], check=True)
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence_and_with_more_room_it_goes_on(undisturbed, tmp_path, small_disk):
+    outcome, wanted = undisturbed
+    place, enlarge = small_disk
+    config = configured(tmp_path, f"output={place}")
+    folder = place / "run"
+    with pytest.raises(Exception, match=r".") as caught:
+        align(config, folder)
+    assert "No space left on device" in reason(caught.value)
+    assert len(reason(caught.value).splitlines()) <= 12
+    assert 1 <= runs.Kept(config, folder).steps < STEPS
+    enlarge()
+    assert runs.unfinished(config, place.glob("*")) == folder
+    align(config, folder)
     one, two = final(outcome.folder), final(folder)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert points(config) == wanted
