@@ -75,10 +75,9 @@ def register(uri: str, run_id: str, exported: Exported) -> str:
     tags = {
         CHECKSUM: checksum,
         "base_model": model.path,
-        "base_model_revision": model.revision or "",
         "method": exported.config.surrogate.method,
         "steps": str(exported.version),
-    }
+    } | ({"base_model_revision": model.revision} if model.revision else {})
     with tempfile.TemporaryDirectory() as scratch:
         files = Path(scratch) / "files"
         files.mkdir()
@@ -115,10 +114,15 @@ def _adapter(client: MlflowClient, uri: str, run_id: str, exported: Exported, fi
     """A version that `mlflow.diffusers.load_model` takes."""
     for file in exported.folder.iterdir():
         shutil.copy(file, files)
-    mlflow.set_tracking_uri(uri)  # Model.log has no client; this process has no other store
+    run = client.get_run(run_id)
+    # Left to itself, Model.log takes the Default experiment, whose artifacts are in whatever directory this process is in.
+    model = client.create_logged_model(
+        run.info.experiment_id, name="adapter", source_run_id=run_id, tags=tags, params=run.data.params
+    )
+    mlflow.set_tracking_uri(uri)  # it has no client; this process has no other store
     logged = Model.log(
         artifact_path=None,
-        name="adapter",
+        model_id=model.model_id,
         flavor=_Pinned(exported.config.model.revision),
         run_id=run_id,
         step=exported.version,  # with it go the run's metrics of that step, the evaluation's

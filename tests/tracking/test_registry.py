@@ -20,8 +20,12 @@ STEP = {"prompt": "a red ring", "num_inference_steps": 2, "guidance_scale": 3.0,
 
 
 @pytest.fixture
-def store(tmp_path):
-    return f"sqlite:///{tmp_path}/mlflow.db"
+def store(tmp_path, monkeypatch):
+    """A store, from a working directory in which nothing may be kept."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    yield f"sqlite:///{tmp_path}/mlflow.db"
+    assert not list((tmp_path / "cwd").iterdir())
 
 
 @pytest.fixture
@@ -68,6 +72,7 @@ def test_plain_mlflow_loads_a_version_and_it_is_the_adapter(store, run, exported
     model = client.get_logged_model(version.source.removeprefix("models:/"))
     assert {m.key: m.value for m in model.metrics} == {"eval/aligned/mean": 0.5}
     assert model.params["adapter.rank"] == "2"
+    assert model.artifact_location.startswith(f"file://{Path(store.removeprefix('sqlite:///')).parent}/artifacts/")
     assert [p.value for p in client.get_metric_history(tracked.run_id, "eval/aligned/mean")] == [0.5]
 
 
