@@ -30,6 +30,7 @@ from flowbp_ray.config.section import Section
 from flowbp_ray.pictures import to_uint8
 from flowbp_ray.rollouts.asking import answering
 from flowbp_ray.tracking import registry
+from pipelines import quiet_libraries
 
 #: How adapters are named between processes: a folder's name says which of its states is meant.
 FOLDER, VERSION, RUN = "folder:", "models:/", "run:"
@@ -82,6 +83,7 @@ class Painter:
     """A replica. Made to hold so many adapters by `painter`."""
 
     def __init__(self, settings: Painting, uri: str) -> None:
+        quiet_libraries()
         torch.set_num_threads(settings.threads)
         self.settings, self.uri, model = settings, uri, settings.model
         self.device = "cuda" if settings.images.gpus else "cpu"
