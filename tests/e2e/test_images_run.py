@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,9 @@ def store(tmp_path_factory):
     for folder in folders[:2]:
         run = TrackedRun(uri, "flowbp_ray", None, config=config.model_dump(mode="json"))
         registry.register(uri, run.run_id, registry.Exported(folder, config, dump(config), 1, "", ()))
+        kept = place / run.run_id / "adapter"
+        shutil.copytree(folder, kept)
+        run.artifact(kept)
     return uri, place, dict(zip(NAMES, [None, *folders], strict=False))
 
 
@@ -56,6 +60,7 @@ def url(store, tmp_path_factory):
         config["applications"][0]["args"] |= {
             "tracking_uri": uri,
             "adapters": str(place / "adapters"),
+            "runs": True,
             "images": {"replicas": 2, "cpus": 0.4},
             "adapters_held": 2,
         }
@@ -100,6 +105,8 @@ def test_models_are_listed_and_an_alias_is_a_version(client, store):
     assert answer.model == "shapes-aligned/2"
     assert np.abs(newest[0] - by_alias[0]).max() > 10
     assert client.models.retrieve("loose").id == "loose"
+    run = MlflowClient(store[0]).get_model_version("shapes-aligned", "1").run_id
+    np.testing.assert_array_equal(by_alias, draw(client, run, 1)[0])
 
 
 def test_strength_goes_from_the_base_to_the_adapter_and_beyond(client):
