@@ -34,6 +34,8 @@ from pipelines import quiet_libraries
 
 #: How adapters are named between processes: a folder's name says which of its states is meant.
 FOLDER, VERSION, RUN = "folder:", "models:/", "run:"
+#: Requests that a replica looks through for pictures that can be sampled together, in batches.
+AHEAD = 4
 
 
 class Painting(Section):
@@ -93,7 +95,7 @@ class Painter:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
         self.lock = threading.Lock()
         self.dropped: deque[str] = deque()
-        self.batched.set_max_batch_size(settings.batch)
+        self.batched.set_max_batch_size(AHEAD * settings.batch)
         self.batched.set_batch_wait_timeout_s(settings.batch_wait)
         self.drawn = metrics.Counter("flowbp_pictures", description="Pictures sampled.", tag_keys=("adapter",))
 
@@ -122,7 +124,8 @@ class Painter:
         for number, (adapter, picture) in enumerate(asked):
             groups.setdefault((adapter and adapter.name, *picture[2:]), []).append(number)
         answers: dict[int, np.ndarray | Exception] = {}
-        for numbers in groups.values():
+        most = self.settings.batch
+        for numbers in [of[n : n + most] for of in groups.values() for n in range(0, len(of), most)]:
             adapter, pictures = asked[numbers[0]][0], [asked[n][1] for n in numbers]
             try:
                 answers |= zip(numbers, await asyncio.to_thread(self.sample, adapter, pictures), strict=True)

@@ -16,6 +16,7 @@ import secrets
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ from serve.painter import FOLDER, RUN, VERSION, Painting, Picture
 from serve.studio.pages import Studio, router
 
 SEEDS = 2**32
+AT_ONCE = 64  # requests in each process that answers HTTP
 KNOWN_FOR = 2.0  # seconds for which an alias, or the newest version, is not looked up again
 
 
@@ -267,6 +269,8 @@ class Front:
         self.settings, self.painter = settings, painter
         self.token = token(settings, "text-to-image service")
         self.catalogue = Catalogue(settings)
+        # Threads that only wait for pictures: by itself asyncio has six on two cores.
+        self.waiting = ThreadPoolExecutor(AT_ONCE)
 
     @api.post("/v1/images/generations", responses=REFUSALS, openapi_extra=BODY, dependencies=[Depends(bearer)])
     async def generations(self, request: Request) -> Answer:
@@ -325,7 +329,8 @@ class Front:
         handle, what = self.painter.options(multiplexed_model_id=name), f"sampling by {label(name) or 'the base'}"
         under_way = [asking.Request(handle, "draw", p, what=what, prompts=[p.prompt]) for p in pictures]
         try:
-            return await asyncio.gather(*[asyncio.to_thread(r.result) for r in under_way])
+            loop = asyncio.get_running_loop()
+            return await asyncio.gather(*[loop.run_in_executor(self.waiting, r.result) for r in under_way])
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         except asking.GivenUpError as error:
@@ -334,11 +339,11 @@ class Front:
 
 def build(args: TextToImage) -> serve.Application:
     """The application of a Serve configuration file."""
-    from serve.painter import painter
+    from serve.painter import AHEAD, painter
     from serve.rewards import deployed
 
-    what = deployed(painter(args.adapters_held), "Painter", args.images, at_once=4 * args.batch)
+    what = deployed(painter(args.adapters_held), "Painter", args.images, at_once=AHEAD * args.batch)
     front = serve.deployment(
-        name="Front", num_replicas=args.fronts, ray_actor_options={"num_cpus": args.front_cpus}, max_ongoing_requests=64
+        name="Front", num_replicas=args.fronts, ray_actor_options={"num_cpus": args.front_cpus}, max_ongoing_requests=AT_ONCE
     )(Front)
     return front.bind(args, what.bind(args, tracking_uri(args.tracking_uri)))
