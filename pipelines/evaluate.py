@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load
 from flowbp_ray.config.reward import RewardComponent
+from flowbp_ray.files import digest
 from flowbp_ray.rollouts.prompts import pictured
 from flowbp_ray.tracking.store import masked, tracking_uri
 from flowbp_ray.training import EXPORT_FILE
@@ -94,7 +95,10 @@ def main() -> None:
 
 
 def chosen(args: argparse.Namespace, scratch: Path) -> tuple[AlignConfig, Path | None, str]:
-    """The configuration, the folder of the adapter if there is one, and a name for both. ConfigError if it cannot be had."""
+    """The configuration, the folder of the adapter or whole model if it is not the base, and a name for both.
+
+    ConfigError if it cannot be had.
+    """
     if args.adapter is None:
         if not args.files:
             raise ConfigError("name a configuration, such as configs/shapes/sparse.yaml, or an MLflow run with --adapter RUN_ID")
@@ -125,7 +129,7 @@ def prepared(config: AlignConfig, adapter: Path | None, name: str, output: Path 
     protocol = protocol_of(config)
     identity = {
         "model": config.model.model_dump(mode="json"),
-        "adapter": adapter and digest(adapter / EXPORT_FILE),
+        "adapter": adapter and weights_of(adapter),
         "batch": config.evaluation.batch,  # what is kept together
     }
     key = hashlib.sha256(json.dumps([protocol, identity], sort_keys=True).encode()).hexdigest()[:12]
@@ -172,10 +176,9 @@ def version_of(source: str) -> str:
     return "sha256 " + hashlib.sha256("".join(digest(f) for f in files).encode()).hexdigest()[:16]
 
 
-def digest(file: Path) -> str:
-    """SHA-256 of a file."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def weights_of(folder: Path) -> str:
+    """Which weights an adapter's folder has, or a whole pipeline's."""
+    return digest(folder / EXPORT_FILE) if (folder / EXPORT_FILE).exists() else version_of(str(folder / "transformer"))
 
 
 def check_folder(folder: Path, protocol: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -208,7 +211,7 @@ def evaluated(config: AlignConfig, adapter: Path | None, folder: Path, number: i
 
     quiet_streams()
     with rewarding(config, f"rewards-{folder.name}") as rewards, progress(number, "evaluate", "picture") as bar:
-        exported = (adapter / EXPORT_FILE).read_bytes() if adapter else None
+        exported = (adapter / EXPORT_FILE).read_bytes() if adapter and (adapter / EXPORT_FILE).exists() else adapter
         pictures = evaluate(config, rewards, exported, bar.update, folder)
     return write(folder, pictures)
 

@@ -30,6 +30,7 @@ from flowbp_ray.config.section import Section
 from flowbp_ray.pictures import to_uint8
 from flowbp_ray.rollouts.asking import answering
 from flowbp_ray.tracking import registry
+from flowbp_ray.training import EXPORT_FILE
 from pipelines import quiet_libraries
 
 #: How adapters are named between processes: a folder's name says which of its states is meant.
@@ -161,6 +162,8 @@ class Painter:
                 _, folder = registry.find(self.uri, name.removeprefix(RUN)).fetch(Path(place.name))
             except ConfigError as error:
                 raise ValueError(str(error)) from error
+        if not (folder / EXPORT_FILE).exists():
+            raise ValueError(f"{label(name)} is a whole model, in {folder}: serve it by itself, as model.path")
         check_binds(folder, self.shapes, self.settings.model.path)
         return Adapter(folder, place, self.dropped)
 
@@ -183,6 +186,13 @@ class Painter:
 
     def _loaded(self) -> list[str]:
         return self.pipeline.get_list_adapters().get("transformer", [])
+
+
+def label(name: str) -> str:
+    """What people are told of a name between processes: no path of the service's; empty for the base."""
+    if name.startswith(FOLDER):
+        return Path(name.rpartition("#")[0]).name
+    return name.removeprefix(VERSION).removeprefix(RUN)
 
 
 def painter(held: int) -> type[Painter]:

@@ -35,7 +35,7 @@ from flowbp_ray.rollouts import asking
 from flowbp_ray.tracking.store import tracking_uri
 from flowbp_ray.training import EXPORT_FILE
 from serve.guard import Guarded, bearer, body, entitled, token
-from serve.painter import FOLDER, RUN, VERSION, Painting, Picture
+from serve.painter import FOLDER, RUN, Painting, Picture, label
 from serve.studio.pages import Studio, router
 
 SEEDS = 2**32
@@ -234,13 +234,6 @@ class Catalogue:
             found = look()
             self.known[name] = time.monotonic(), found
         return found
-
-
-def label(name: str) -> str:
-    """What people are told of the name between processes: no path of the service's; empty for the base."""
-    if name.startswith(FOLDER):
-        return Path(name.rpartition("#")[0]).name
-    return name.removeprefix(VERSION).removeprefix(RUN)
 
 
 def described(name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from flowbp_ray import backbones
 from flowbp_ray.backbones.backbone import DTYPES, Backbone, Conditioning
 from flowbp_ray.config import AlignConfig
+from flowbp_ray.files import digest
 from flowbp_ray.rollouts.prompts import read_prompts
 
 ENCODER_FILE = "encoder.json"
@@ -170,8 +171,7 @@ def whole_encoder_of(config: AlignConfig) -> Identity:
 @functools.lru_cache
 def _sha256(file: Path, size: int, changed: int) -> str:
     """Of a file's bytes, which are read once a process while size and time of change are the same."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return digest(file)
 
 
 def start(config: AlignConfig, folder: Path) -> Embeds:

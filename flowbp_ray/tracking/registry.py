@@ -20,6 +20,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from flowbp_ray.config import AlignConfig, ConfigError
+from flowbp_ray.files import digest
 from flowbp_ray.tracking.store import masked
 from flowbp_ray.training import EXPORT_FILE
 
@@ -51,10 +52,11 @@ class Exported:
         return registered_name(self.config)
 
     def checksum(self) -> str:
-        """SHA-256 of the adapter, or of names and sizes of all of a pipeline's files, of which there may be many gigabytes."""
+        """SHA-256 of the adapter, or of what was trained of a pipeline, its transformer."""
         if (self.folder / EXPORT_FILE).exists():
-            return hashlib.sha256((self.folder / EXPORT_FILE).read_bytes()).hexdigest()
-        return hashlib.sha256(json.dumps(sizes(self.folder)).encode()).hexdigest()
+            return digest(self.folder / EXPORT_FILE)
+        files = sorted((self.folder / "transformer").glob("*.safetensors"))
+        return hashlib.sha256("".join(map(digest, files)).encode()).hexdigest()
 
 
 def registered_name(config: AlignConfig) -> str:
@@ -161,7 +163,7 @@ class Found:
     run_id: str
     #: A registered model and its version; None for a run.
     version: ModelVersion | None
-    #: Get the configuration's file, and the folder of the adapter, into a folder.
+    #: Get the configuration's file, and the folder of the adapter, into a folder; of a whole model the folder where it is.
     fetch: Callable[[Path], tuple[Path, Path]]
 
 
@@ -173,7 +175,9 @@ def find(uri: str, what: str) -> Found:
             version = version_of(client, what)
             run_id, artifacts = version.run_id, client.get_model_version_download_uri(version.name, version.version)
         else:
-            version, run_id, artifacts = None, client.get_run(what).info.run_id, f"runs:/{what}/adapter"
+            version, run_id = None, client.get_run(what).info.run_id
+            there = {file.path for file in client.list_artifacts(run_id)}
+            artifacts = f"runs:/{run_id}/{'reference' if 'reference' in there else 'adapter'}"
     except (MlflowException, TypeError) as error:
         raise nothing(uri, what, error) from error
 
@@ -185,11 +189,19 @@ def find(uri: str, what: str) -> Found:
             raise nothing(uri, what, error) from error
         if found := [*got.rglob(EXPORT_FILE)]:
             return config, found[0].parent
-        (reference, *_) = [*got.rglob(REFERENCE), None]
-        where = json.loads(reference.read_text("utf-8"))["path"] if reference else "its model/"
-        raise ConfigError(f"{what} has no {EXPORT_FILE}: all weights were trained; set model.path to {where}")
+        if found := [*got.rglob(REFERENCE)]:
+            return config, whole(what, json.loads(found[0].read_text("utf-8")))
+        raise ConfigError(f"{what} has neither an adapter ({EXPORT_FILE}) nor a reference to a whole model ({REFERENCE})")
 
     return Found(run_id, version, fetch)
+
+
+def whole(what: str, reference: dict[str, Any]) -> Path:
+    """The folder of a whole model; ConfigError if it is not there any more, or another one."""
+    folder = Path(reference["path"])
+    if not folder.is_dir() or sizes(folder) != reference["files"]:
+        raise ConfigError(f"{what} is the whole model in {folder}, which is gone, or has other files than when it was registered")
+    return folder
 
 
 def version_of(client: MlflowClient, what: str) -> ModelVersion:

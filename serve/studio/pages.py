@@ -23,7 +23,7 @@ from flowbp_ray.rollouts import asking
 from flowbp_ray.rollouts.prompts import read_rows
 from flowbp_ray.shapes.captions import evaluation_prompts
 from serve.guard import body
-from serve.painter import Picture
+from serve.painter import Picture, label
 from serve.studio import gallery
 from serve.studio.votes import Pair, Votes
 
@@ -263,8 +263,6 @@ async def choose(front: Visited, number: str, choice: Choice) -> dict[str, bool]
 @router.get("/results")
 async def results(request: Request, front: Visited) -> Response:
     """What the choices add up to."""
-    from serve.text_to_image import label
-
     standings = await asyncio.to_thread(Votes(front.settings.studio.votes).standings)
     name = front.settings.base
     named = [s._replace(model=label(s.model) or name, other=label(s.other) or name) for s in standings]

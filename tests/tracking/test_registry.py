@@ -1,6 +1,7 @@
 """What a run exports as a version: plain MLflow loads it, and it is there once."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,5 +130,14 @@ def test_of_a_whole_model_there_is_a_reference(store, run, exported, tiny_pipeli
     assert reference["path"] == str(tiny_pipeline)
     size = (tiny_pipeline / "model_index.json").stat().st_size
     assert reference["files"]["model_index.json"] == size
-    with pytest.raises(ConfigError, match=f"all weights were trained; set model.path to {tiny_pipeline}"):
-        registry.find(store, uri).fetch(tmp_path)
+    for what in (uri, tracked.run_id):
+        assert registry.find(store, what).fetch(tmp_path)[1] == tiny_pipeline
+    broken = replace(whole, folder=tmp_path / "broken")
+    shutil.copytree(tiny_pipeline, broken.folder)
+    (weights,) = (broken.folder / "transformer").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    other = registry.register(store, tracked.run_id, broken)
+    assert other != uri
+    (broken.folder / "model_index.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"is the whole model in {broken.folder}, which is gone, or has other files than"):
+        registry.find(store, other).fetch(tmp_path)
