@@ -1,5 +1,6 @@
 """Pictures as arrays, and contact sheets: rows of captioned pictures on one PNG, for people who would rather look than read."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,13 @@ TEXT, LINE, PAD = 11, 15, 8  # pixels
 def to_uint8(images: Tensor) -> np.ndarray:
     """Pictures ``(B, 3, H, W)`` in 0…1 as uint8 ``(B, H, W, 3)``."""
     return (images.detach().cpu().permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+
+
+def file_of(picture: np.ndarray, kind: str = "png") -> bytes:
+    """A uint8 picture ``(H, W, 3)`` as a file: png, which loses nothing, jpeg or webp."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, kind.upper(), quality=95)
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True)

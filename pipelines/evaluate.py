@@ -117,10 +117,16 @@ def tracked(args: argparse.Namespace, scratch: Path) -> tuple[AlignConfig, Path,
     """What an MLflow run or a registered model has."""
     from flowbp_ray.tracking import registry
 
-    uris = [o.partition("=")[2] for o in args.overrides if o.startswith("tracking.uri=")]
-    found = registry.find(tracking_uri(uris[-1] if uris else None), args.adapter)
+    uri = store_of(args.overrides)
+    found = registry.find(uri, args.adapter)
     config, adapter = found.fetch(scratch)
-    return load(config, args.overrides, args.files), adapter, found.run_id[:8]
+    return load(config, [*args.overrides, f"tracking.uri={uri}"], args.files), adapter, found.run_id[:8]
+
+
+def store_of(overrides: list[str]) -> str:
+    """The tracking URI of a command line, before there is a configuration."""
+    given = [o.partition("=")[2] for o in overrides if o.startswith("tracking.uri=")]
+    return tracking_uri(given[-1] if given else None)
 
 
 def prepared(config: AlignConfig, adapter: Path | None, name: str, output: Path | None, *, make: bool = True) -> Path:

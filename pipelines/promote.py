@@ -60,6 +60,7 @@ def main() -> None:
         try:
             config, candidate, champion, sides = contest(args, Path(scratch))
             metric = args.metric or deciding(config)
+            check_metric(config, metric)
             check_rewards(config)
             folders = [evaluate.prepared(config, side.adapter, side.name, None) for side in sides]
             from pipelines.causes import reason
@@ -98,13 +99,13 @@ def contest(
 
     if not args.version.startswith("models:/"):
         raise ConfigError(f"{args.version!r} is no version of a registered model: write models:/NAME/VERSION")
-    uris = [o.partition("=")[2] for o in args.overrides if o.startswith("tracking.uri=")]
-    uri = tracking_uri(uris[-1] if uris else None)
+    uri = evaluate.store_of(args.overrides)
     found = registry.find(uri, args.version)
     candidate = found.version
     assert candidate is not None
     file, adapter = found.fetch(folder_in(scratch, "candidate"))
-    config = pinned(load(file, args.overrides, args.files))
+    # The run's own may be another place by now, or have no password.
+    config = pinned(load(file, [*args.overrides, f"tracking.uri={uri}"], args.files))
     ours = Side(f"version {candidate.version}", adapter)
     aliases = MlflowClient(uri).get_registered_model(candidate.name).aliases
     if args.alias not in aliases:
@@ -136,6 +137,15 @@ def deciding(config: AlignConfig) -> str:
     return f"reward/{watched[0]}"
 
 
+def check_metric(config: AlignConfig, metric: str) -> None:
+    """ConfigError for what is known to decide nothing, before anything is judged."""
+    if metric == "watermarked":
+        raise ConfigError("of 'watermarked' less is better, so more of it wins nothing: let another score decide")
+    rewards = [f"reward/{c.name}" for c in config.reward.components]
+    if metric.startswith("reward/") and metric not in rewards:
+        raise ConfigError(f"there is no {metric!r} among the scores: --metric takes {', '.join(rewards)} and the tasks")
+
+
 def decide(
     config: AlignConfig,
     alias: str,
@@ -155,17 +165,22 @@ def decide(
     gained = differences(theirs.pictures, ours.pictures)
     if metric not in gained:
         raise ConfigError(f"there is no {metric!r} among the scores: --metric takes {', '.join(gained)}")
+    if gained[metric].value > 0 and not gained[metric].error:
+        raise ConfigError(f"{metric} has no error to compare a gain with: judge more pictures, or prompts that are not all alike")
     won = gained[metric].value > gained[metric].error
     against = f"version {champion.version}" if champion else "the base model"
     by = f"{metric} {gained[metric].value:+.4g} ± {gained[metric].error:.2g} over {against}"
     verdict = f"{'won' if won else 'not won'}: {by}"
     client = MlflowClient(tracking_uri(config.tracking.uri))
+    now = client.get_registered_model(candidate.name).aliases.get(alias)
+    if str(now) != str(champion.version if champion else None):
+        raise ConfigError(f"the {alias} became version {now} meanwhile, which nobody stood against here: give the command again")
     client.set_model_version_tag(candidate.name, candidate.version, PROMOTION, verdict)
     if won:
         client.set_registered_model_alias(candidate.name, alias, candidate.version)
     print(f"\n{table([ours, theirs])}\n{verdict}")
-    now = candidate.version if won else champion.version if champion else "no version"
-    print(f"{alias:<9} of {candidate.name} {'is now' if won else 'stays'} {now}")
+    holder = candidate.version if won else champion.version if champion else "no version"
+    print(f"{alias:<9} of {candidate.name} {'is now' if won else 'stays'} {holder}")
     return won
 
 

@@ -3,14 +3,16 @@
 import os
 import secrets
 from pathlib import Path
+from typing import TypeVar
 
 from fastapi import HTTPException, Request
 from fastapi.security import HTTPBearer
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import BaseModel, NonNegativeFloat, PositiveInt, ValidationError
 
 from flowbp_ray.config.section import Section, Text
 
 TOKEN = "FLOWBP_TOKEN"
+Kind = TypeVar("Kind", bound=BaseModel)
 
 bearer = HTTPBearer(auto_error=False)  # what the description says of it; a replica looks at the token itself
 
@@ -46,6 +48,15 @@ def entitled(request: Request, expected: str | None) -> None:
     kind, _, given = request.headers.get("authorization", "").partition(" ")
     if expected is not None and (kind.lower() != "bearer" or not secrets.compare_digest(given.encode(), expected.encode())):
         raise HTTPException(401, "send the header 'Authorization: Bearer TOKEN'", {"WWW-Authenticate": "Bearer"})
+
+
+def parsed(kind: type[Kind], content: bytes, status: int = 400) -> Kind:
+    """A JSON body as what it should be; else the ``status``, and a sentence that says what is wrong with it."""
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        where = [f"{'.'.join(map(str, e['loc'])) or 'the body'}: {e['msg']}" for e in error.errors()[:5]]
+        raise HTTPException(status, "; ".join(where)) from error
 
 
 async def body(request: Request, most: int) -> bytes:

@@ -6,6 +6,7 @@ step that nothing else comes into, nor the loading and dropping of adapters.
 
 import asyncio
 import itertools
+import shutil
 import tempfile
 import threading
 import weakref
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from mlflow.exceptions import MlflowException
 from pydantic import NonNegativeFloat, PositiveInt
 from ray import serve
 from ray.serve import metrics
@@ -32,9 +34,8 @@ from flowbp_ray.rollouts.asking import answering
 from flowbp_ray.tracking import registry
 from flowbp_ray.training import EXPORT_FILE
 from pipelines import quiet_libraries
+from serve.catalogue import ABSENT, FOLDER, RUN, STATE, label, state_of
 
-#: How adapters are named between processes: a folder's name says which of its states is meant.
-FOLDER, VERSION, RUN = "folder:", "models:/", "run:"
 #: Requests that a replica looks through for pictures that can be sampled together, in batches.
 AHEAD = 4
 
@@ -57,6 +58,11 @@ class Painting(Section):
     batch_wait: NonNegativeFloat = 0.02
     """Seconds that a picture waits for others."""
 
+    @property
+    def base(self) -> str:
+        """The base's name: the last part of its path."""
+        return self.model.path.rstrip("/").rpartition("/")[2]
+
 
 class Picture(NamedTuple):
     """One picture to sample; pictures that agree in all but the first two are sampled together."""
@@ -68,6 +74,10 @@ class Picture(NamedTuple):
     guidance_scale: float
     height: int
     width: int
+
+
+class ReplacedError(ValueError):
+    """A folder has other weights than when it was looked up."""
 
 
 class Adapter:
@@ -153,19 +163,35 @@ class Painter:
         return to_uint8(sampled)
 
     def fetched(self, name: str) -> Adapter:
-        """An adapter by its name between processes; ValueError if it cannot be had, or does not fit."""
+        """An adapter by its name between processes, with a copy of its own; ValueError if it cannot be had, or does not fit, and
+        ReplacedError if its folder has other weights by now."""
         place = tempfile.TemporaryDirectory(prefix="adapter-")
         if name.startswith(FOLDER):
-            folder = Path(name.removeprefix(FOLDER).rpartition("#")[0])
+            folder, _, state = name.removeprefix(FOLDER).rpartition(STATE)
+            source = Path(folder) / EXPORT_FILE
+            try:
+                before = state_of(source)
+                shutil.copy(source, place.name)
+                if not before == state_of(source) == state:
+                    raise ReplacedError(label(name))
+            except FileNotFoundError as error:
+                raise ReplacedError(label(name)) from error
+            found = Path(place.name)
         else:
             try:
-                _, folder = registry.find(self.uri, name.removeprefix(RUN)).fetch(Path(place.name))
+                _, found = registry.find(self.uri, name.removeprefix(RUN).partition(STATE)[0]).fetch(Path(place.name))
             except ConfigError as error:
+                cause = error.__cause__
+                if isinstance(cause, MlflowException) and cause.error_code not in ABSENT:
+                    raise RuntimeError(str(error)) from error  # a server that does not answer: later it may
                 raise ValueError(str(error)) from error
-        if not (folder / EXPORT_FILE).exists():
-            raise ValueError(f"{label(name)} is a whole model, in {folder}: serve it by itself, as model.path")
-        check_binds(folder, self.shapes, self.settings.model.path)
-        return Adapter(folder, place, self.dropped)
+        if not (found / EXPORT_FILE).exists():
+            raise ValueError(f"{label(name)} was trained whole: serve it by itself, as model.path")
+        try:
+            check_binds(found, self.shapes, self.settings.base)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(found), label(name))) from error
+        return Adapter(found, place, self.dropped)
 
     def check_health(self) -> None:
         """Serve replaces a replica whose device no longer computes."""
@@ -180,19 +206,12 @@ class Painter:
                 self.pipeline.disable_lora()
             return
         if adapter.name not in self._loaded():
-            self.pipeline.load_lora_weights(adapter.folder, adapter_name=adapter.name)
+            self.pipeline.load_lora_weights(adapter.folder, weight_name=EXPORT_FILE, adapter_name=adapter.name)
         self.pipeline.enable_lora()
         self.pipeline.set_adapters([adapter.name], [strength])
 
     def _loaded(self) -> list[str]:
         return self.pipeline.get_list_adapters().get("transformer", [])
-
-
-def label(name: str) -> str:
-    """What people are told of a name between processes: no path of the service's; empty for the base."""
-    if name.startswith(FOLDER):
-        return Path(name.rpartition("#")[0]).name
-    return name.removeprefix(VERSION).removeprefix(RUN)
 
 
 def painter(held: int) -> type[Painter]:

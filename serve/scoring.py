@@ -18,14 +18,14 @@ import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse
 from PIL import Image
-from pydantic import BaseModel, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, PositiveInt
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from flowbp_ray.config.reward import Replicas, Reward
 from flowbp_ray.config.schema import Model
 from flowbp_ray.rollouts import asking
-from serve.guard import Guarded, bearer, body, entitled, token
+from serve.guard import Guarded, bearer, body, entitled, parsed, token
 
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG"}
 MOST = 64  # pictures of a request
@@ -137,11 +137,7 @@ class Front:
         if kind == "application/json":
             if prompt is not None:
                 raise HTTPException(422, "a JSON body has the prompts: leave ?prompt= out")
-            try:
-                items = Items.model_validate_json(content).items
-            except ValidationError as error:
-                where = [f"{'.'.join(map(str, e['loc'])) or 'the body'}: {e['msg']}" for e in error.errors()[:5]]
-                raise HTTPException(422, "; ".join(where)) from error
+            items = parsed(Items, content, 422).items
             prompts = [item.prompt for item in items]
             files = [decoded(item.image, number) for number, item in enumerate(items)]
         elif kind in FORMATS:

@@ -10,50 +10,38 @@ adapter's folder. This process checks tokens, sizes and names and holds no model
 
 import asyncio
 import base64
-import io
+import os
 import re
 import secrets
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import ray
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
-from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from flowbp_ray.config import ConfigError, paths
-from flowbp_ray.config.section import Text
+from flowbp_ray.pictures import file_of
 from flowbp_ray.rollouts import asking
 from flowbp_ray.tracking.store import tracking_uri
-from flowbp_ray.training import EXPORT_FILE
-from serve.guard import Guarded, bearer, body, entitled, token
-from serve.painter import FOLDER, RUN, Painting, Picture, label
+from serve.catalogue import Catalogue, Named, label
+from serve.guard import Guarded, bearer, body, entitled, parsed, token
+from serve.painter import AHEAD, Painting, Picture, ReplacedError, painter
 from serve.studio.pages import Studio, router
 
 SEEDS = 2**32
 AT_ONCE = 64  # requests in each process that answers HTTP
-KNOWN_FOR = 2.0  # seconds for which an alias, or the newest version, is not looked up again
 
 
-class TextToImage(Guarded, Painting):
+class TextToImage(Guarded, Painting, Named):
     """The ``args`` of this application in a Serve configuration file."""
 
-    registered: list[Text] = Field(default_factory=list)
-    """Registered models, all versions of which may be asked for."""
-    runs: bool = False
-    """Whether the adapter of any MLflow run may be asked for by the run's id."""
-    adapters: paths.Folder | None = None
-    """A folder with adapters' folders, each of which may be asked for by its name; what is put there later counts too."""
-    tracking_uri: Text | None = None
-    """MLflow's tracking URI; null takes MLFLOW_TRACKING_URI, else a database under ~/.flowbp_ray."""
     studio: Studio | None = None
     """Pages for people under /studio; null has none."""
     max_pictures: PositiveInt = 10
@@ -62,11 +50,6 @@ class TextToImage(Guarded, Painting):
     """The most that a picture may have."""
     max_steps: PositiveInt = 100
     """The most sampler steps."""
-
-    @property
-    def base(self) -> str:
-        """The name of the base."""
-        return self.model.path.rstrip("/").rpartition("/")[2]
 
 
 class Asked(BaseModel):
@@ -133,15 +116,6 @@ async def refused(request: Request, error: HTTPException) -> Response:
     return JSONResponse({"error": said}, error.status_code, error.headers)
 
 
-def understood(content: bytes) -> Asked:
-    """A request's body; 400 says what is wrong with it."""
-    try:
-        return Asked.model_validate_json(content)
-    except ValidationError as error:
-        where = [f"{'.'.join(map(str, e['loc'])) or 'the body'}: {e['msg']}" for e in error.errors()[:5]]
-        raise HTTPException(400, "; ".join(where)) from error
-
-
 def wanted(asked: Asked, settings: TextToImage) -> list[Picture]:
     """The pictures of a request; 400 for more than is allowed."""
     sampling = settings.sampling
@@ -160,80 +134,6 @@ def wanted(asked: Asked, settings: TextToImage) -> list[Picture]:
     first = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed
     seeds = [(first + n) % SEEDS for n in range(asked.n)]
     return [Picture(asked.prompt, seed, asked.strength, steps, guidance_scale, height, width) for seed in seeds]
-
-
-def encoded(picture: Any, kind: str) -> str:
-    """A uint8 picture ``(H, W, 3)`` as a file in base64."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, kind.upper(), quality=95)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-class Catalogue:
-    """Which adapters there are, by the names that requests have."""
-
-    def __init__(self, settings: TextToImage) -> None:
-        self.settings, self.uri = settings, tracking_uri(settings.tracking_uri)
-        self.known: dict[str, tuple[float, str]] = {}
-
-    def resolve(self, model: str | None) -> str:
-        """A request's model as the name that replicas know it by, the same for the same weights; empty for the base. 404 if
-        there is none."""
-        if model in (None, "", self.settings.base):
-            return ""
-        name = re.split("[/@]", model, maxsplit=1)[0]
-        if name in self.settings.registered:
-            return self._lately(model, lambda: self._version(model))
-        if folder := self._folder(model):
-            stat = (folder / EXPORT_FILE).stat()  # other weights by the same name are another adapter
-            return f"{FOLDER}{folder}#{stat.st_mtime_ns}-{stat.st_size}"
-        if self.settings.runs and re.fullmatch(r"[0-9a-f]{32}", model):
-            return f"{RUN}{model}"
-        raise HTTPException(404, f"there is no model {model!r}: GET /v1/models has a list")
-
-    def names(self) -> list[str]:
-        """All that can be asked for by name, the base first; of runs, which are many, none."""
-        from mlflow import MlflowClient
-
-        client, names = MlflowClient(self.uri), [self.settings.base]
-        for name in self.settings.registered:
-            found = client.search_registered_models(f"name = '{name}'")
-            names += [f"{name}@{alias}" for model in found for alias in sorted(model.aliases)]
-            versions = client.search_model_versions(f"name = '{name}'") if found else []
-            names += [f"{name}/{v}" for v in sorted((int(version.version) for version in versions), reverse=True)]
-        if self.settings.adapters:
-            names += sorted(f.parent.name for f in self.settings.adapters.glob(f"*/{EXPORT_FILE}"))
-        return names
-
-    def _folder(self, name: str) -> Path | None:
-        within = self.settings.adapters
-        if within is None or not re.fullmatch(r"[\w-][\w.-]*", name) or not (within / name / EXPORT_FILE).is_file():
-            return None
-        return within / name
-
-    def _version(self, model: str) -> str:
-        from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
-
-        from flowbp_ray.tracking import registry
-
-        client = MlflowClient(self.uri)
-        try:
-            if "/" in model or "@" in model:
-                version = registry.version_of(client, model)
-            else:
-                versions = client.search_model_versions(f"name = '{model}'")
-                version = max(versions, key=lambda v: int(v.version))
-        except (MlflowException, ConfigError, ValueError) as error:
-            raise HTTPException(404, f"MLflow has no model {model!r}: GET /v1/models has a list") from error
-        return f"models:/{version.name}/{version.version}"
-
-    def _lately(self, name: str, look: Callable[[], str]) -> str:
-        then, found = self.known.get(name, (-KNOWN_FOR, ""))
-        if time.monotonic() - then > KNOWN_FOR:
-            found = look()
-            self.known[name] = time.monotonic(), found
-        return found
 
 
 def described(name: str) -> dict[str, Any]:
@@ -261,20 +161,23 @@ class Front:
     def __init__(self, settings: TextToImage, painter: DeploymentHandle) -> None:
         self.settings, self.painter = settings, painter
         self.token = token(settings, "text-to-image service")
-        self.catalogue = Catalogue(settings)
-        # Threads that only wait for pictures: by itself asyncio has six on two cores.
+        self.catalogue = Catalogue(settings, settings.base)
+        # Threads that only wait: by itself a replica has so few that those who wait would hold up everybody.
         self.waiting = ThreadPoolExecutor(AT_ONCE)
+        self.looking = ThreadPoolExecutor(8)
+        # MLflow itself goes on for minutes where a server does not answer.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
     @api.post("/v1/images/generations", responses=REFUSALS, openapi_extra=BODY, dependencies=[Depends(bearer)])
     async def generations(self, request: Request) -> Answer:
         """Sample pictures."""
         entitled(request, self.token)
-        asked = understood(await body(request, self.settings.max_megabytes))
+        asked = parsed(Asked, await body(request, self.settings.max_megabytes))
         pictures = wanted(asked, self.settings)
-        name = await asyncio.to_thread(self.catalogue.resolve, asked.model)
-        made = await self.draw(name, pictures)
+        name, made = await self.sampled(asked.model, pictures)
         kind = asked.output_format or "png"
-        files = [encoded(picture, kind) for picture in made]
+        files = await asyncio.to_thread(lambda: [base64.b64encode(file_of(p, kind)).decode() for p in made])
         by_url = asked.response_format == "url"
         return Answer(
             created=int(time.time()),
@@ -291,14 +194,13 @@ class Front:
     async def models(self, request: Request) -> dict[str, Any]:
         """All that ``model`` can be, but for runs."""
         entitled(request, self.token)
-        names = await asyncio.to_thread(self.catalogue.names)
-        return {"object": "list", "data": [described(name) for name in names]}
+        return {"object": "list", "data": [described(name) for name in await self.names()]}
 
     @api.get("/v1/models/{model:path}", responses={401: REFUSALS[401], 404: REFUSALS[404]}, dependencies=[Depends(bearer)])
     async def model(self, request: Request, model: str) -> dict[str, Any]:
         """Whether there is a model."""
         entitled(request, self.token)
-        await asyncio.to_thread(self.catalogue.resolve, model)
+        await self.resolved(model)
         return described(model)
 
     @api.get("/healthz")
@@ -316,14 +218,34 @@ class Front:
             raise HTTPException(503, f"Ray gives no metrics: {error}") from error
         return PlainTextResponse("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")
 
+    async def resolved(self, model: str | None) -> str:
+        """As `Catalogue.resolve`; only those wait for MLflow who ask for what it has."""
+        return await asyncio.get_running_loop().run_in_executor(self.looking, self.catalogue.resolve, model) if model else ""
+
+    async def names(self) -> list[str]:
+        """As `Catalogue.names`."""
+        return await asyncio.get_running_loop().run_in_executor(self.looking, self.catalogue.names)
+
+    async def sampled(self, model: str | None, pictures: Sequence[Picture]) -> tuple[str, list[np.ndarray]]:
+        """By what a request's model is, and as `draw`: all by one adapter, also while its folder is replaced."""
+        for _ in range(3):
+            name = await self.resolved(model)
+            try:
+                return name, await self.draw(name, pictures)
+            except ReplacedError:
+                continue
+        raise HTTPException(503, f"{model} is replaced again and again: ask later")
+
     async def draw(self, name: str, pictures: Sequence[Picture]) -> list[np.ndarray]:
         """Sample uint8 pictures ``(H, W, 3)`` by what replicas know by the name. 400 for what cannot be sampled, 503 for what
-        failed."""
+        failed; ReplacedError if its folder has other weights by now."""
         handle, what = self.painter.options(multiplexed_model_id=name), f"sampling by {label(name) or 'the base'}"
         under_way = [asking.Request(handle, "draw", p, what=what, prompts=[p.prompt]) for p in pictures]
         try:
             loop = asyncio.get_running_loop()
             return await asyncio.gather(*[loop.run_in_executor(self.waiting, r.result) for r in under_way])
+        except ReplacedError:
+            raise
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         except asking.GivenUpError as error:
@@ -332,7 +254,6 @@ class Front:
 
 def build(args: TextToImage) -> serve.Application:
     """The application of a Serve configuration file."""
-    from serve.painter import AHEAD, painter
     from serve.rewards import deployed
 
     what = deployed(painter(args.adapters_held), "Painter", args.images, at_once=AHEAD * args.batch)

@@ -120,14 +120,19 @@ def check_fits(adapter: Path, model: Path) -> None:
 
 
 def check_binds(adapter: Path, base: Mapping[str, Sequence[int]], model: str) -> None:
-    """ValueError unless a transformer with these shapes by name has all of an adapter's modules."""
+    """ValueError unless a transformer with these shapes by name has all of an adapter's modules, each with both matrices."""
+    ranks: dict[str, dict[str, int]] = {}
     for name, tensor in header(adapter_file(adapter))[0].items():
         module, _, matrix = name.removeprefix("transformer.").partition(".lora_")
         shape, own = base.get(f"{module}.weight"), tensor["shape"]
         if shape is None:
             raise ValueError(f"the adapter in {adapter} is another model's: {model} has no {module} in its transformer")
-        if (own[-1] != shape[1]) if matrix.startswith("A") else (own[0] != shape[0]):
+        if not len(own) == len(shape) == 2 or ((own[1] != shape[1]) if matrix.startswith("A") else (own[0] != shape[0])):
             raise ValueError(f"the adapter in {adapter} is another model's: of {module} it has {own}, {model} has {shape}")
+        ranks.setdefault(module, {})[matrix[:1]] = own[0] if matrix.startswith("A") else own[1]
+    for module, found in ranks.items():
+        if found.keys() != {"A", "B"} or found["A"] != found["B"]:
+            raise ValueError(f"the adapter in {adapter} is not whole: of {module} it has the ranks {found}; export it again")
 
 
 def adapter_file(folder: Path) -> Path:

@@ -97,7 +97,10 @@ def runs(folder: Path) -> list[Run]:
 
 def run_of(folder: Path, name: str) -> Run | None:
     """A run by its name; None if there is none with pictures."""
-    if not re.fullmatch(r"[\w-][\w.-]*", name) or not (folder / name / BEGAN).is_file():
+    try:
+        if not re.fullmatch(r"[\w-][\w.-]*", name) or not (folder / name / BEGAN).is_file():
+            return None
+    except OSError:  # a name longer than a file system has
         return None
     run = Run(folder / name)
     return run if run.versions else None
@@ -105,5 +108,8 @@ def run_of(folder: Path, name: str) -> Run | None:
 
 def picture_of(run: Run, path: str) -> Path | None:
     """The PNG at a path within a run; None if there is none, or it is outside of it."""
-    file = (run.folder / path).resolve()
-    return file if file.suffix == ".png" and file.is_relative_to(run.folder.resolve()) and file.is_file() else None
+    try:
+        file = (run.folder / path).resolve()
+        return file if file.suffix == ".png" and file.is_relative_to(run.folder.resolve()) and file.is_file() else None
+    except (OSError, ValueError):  # longer than a file system has, or with a character that no path has
+        return None

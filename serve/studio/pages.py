@@ -19,11 +19,13 @@ from ray import serve
 
 from flowbp_ray.config import paths
 from flowbp_ray.config.section import Section, Text
+from flowbp_ray.pictures import file_of
 from flowbp_ray.rollouts import asking
 from flowbp_ray.rollouts.prompts import read_rows
 from flowbp_ray.shapes.captions import evaluation_prompts
-from serve.guard import body
-from serve.painter import Picture, label
+from serve.catalogue import label
+from serve.guard import body, parsed
+from serve.painter import Picture, ReplacedError
 from serve.studio import gallery
 from serve.studio.votes import Pair, Votes
 
@@ -80,7 +82,9 @@ def badge(token: str) -> str:
 
 def visitor(request: Request, front: AnyFront) -> Any:
     """The replica, for somebody who may ask it; everybody else is asked for the token first."""
-    if front.token is not None and not secrets.compare_digest(request.cookies.get(COOKIE, ""), badge(front.token)):
+    if front.token is not None and not secrets.compare_digest(
+        request.cookies.get(COOKIE, "").encode(), badge(front.token).encode()
+    ):
         raise HTTPException(303, "give the token first", {"Location": f"{root(request)}/studio/login"})
     return front
 
@@ -129,7 +133,7 @@ async def static(name: str) -> Response:
 @router.get("")
 async def compare(request: Request, front: Visited) -> Response:
     """A prompt by several models side by side."""
-    models = await asyncio.to_thread(front.catalogue.names)
+    models = await front.names()
     return page(request, "compare", models=models, sampling=front.settings.sampling, scored=front.settings.studio.scores)
 
 
@@ -143,25 +147,27 @@ class Wish(BaseModel):
 
 
 @router.post("/pictures")
-async def picture(front: Visited, wish: Wish) -> dict[str, Any]:
+async def picture(request: Request, front: Visited) -> dict[str, Any]:
     """A picture, as a data URL, and what it scored."""
-    name = await asyncio.to_thread(front.catalogue.resolve, wish.model)
-    drawn = await draw(front, name, wish.prompt, wish.seed, wish.strength)
+    wish = parsed(Wish, await body(request, 1))
+    _, (drawn,) = await front.sampled(wish.model, [wished(front, wish.prompt, wish.seed, wish.strength)])
     scores = {}
-    if front.settings.studio.scores:
+    if application := front.settings.studio.scores:
+        wait = asyncio.get_running_loop().run_in_executor
         try:
-            scores = await asyncio.to_thread(judged, front.settings.studio.scores, drawn, wish.prompt)
+            scores = await wait(front.waiting, judged, application, drawn, wish.prompt)
+        except KeyError as error:
+            raise HTTPException(503, f"the application {application!r}, which scores, is not there: deploy it") from error
         except asking.GivenUpError as error:
             raise HTTPException(503, str(error)) from error
-    return {"image": f"data:image/png;base64,{base64.b64encode(png(drawn)).decode()}", "scores": scores}
+    image = base64.b64encode(await asyncio.to_thread(file_of, drawn)).decode()
+    return {"image": f"data:image/png;base64,{image}", "scores": scores}
 
 
-async def draw(front: Any, name: str, prompt: str, seed: int, strength: float = 1.0) -> np.ndarray:
-    """A picture uint8 ``(H, W, 3)`` by what replicas know by the name."""
+def wished(front: Any, prompt: str, seed: int, strength: float = 1.0) -> Picture:
+    """A picture as the service samples by itself."""
     sampling = front.settings.sampling
-    one = Picture(prompt, seed, strength, sampling.steps, sampling.guidance_scale, sampling.height, sampling.width)
-    (drawn,) = await front.draw(name, [one])
-    return drawn
+    return Picture(prompt, seed, strength, sampling.steps, sampling.guidance_scale, sampling.height, sampling.width)
 
 
 def judged(application: str, drawn: np.ndarray, prompt: str) -> dict[str, float]:
@@ -171,24 +177,17 @@ def judged(application: str, drawn: np.ndarray, prompt: str) -> dict[str, float]
     return {name: float(values[0]) for name, values in asked.result().items()}
 
 
-def png(drawn: np.ndarray) -> bytes:
-    """The picture's file."""
-    from serve.text_to_image import encoded
-
-    return base64.b64decode(encoded(drawn, "png"))
-
-
 @router.get("/runs")
 async def all_runs(request: Request, front: Visited) -> Response:
     """Every run that has pictures."""
-    found = await asyncio.to_thread(gallery.runs, front.settings.studio.runs)
-    return page(request, "runs", runs=found, folder=front.settings.studio.runs)
+    folder = front.settings.studio.runs
+    return await asyncio.to_thread(lambda: page(request, "runs", runs=gallery.runs(folder), folder=folder))
 
 
 @router.get("/runs/{name}")
 async def one_run(request: Request, front: Visited, name: str) -> Response:
     """A run through its steps, its table, and pictures of its evaluation."""
-    return page(request, "run", run=run_named(front, name))
+    return await asyncio.to_thread(lambda: page(request, "run", run=run_named(front, name)))
 
 
 @router.get("/runs/{name}/files/{path:path}")
@@ -208,10 +207,15 @@ def run_named(front: Any, name: str) -> gallery.Run:
     return found
 
 
+def votes(front: Any) -> Votes:
+    """The choices, which are in a file."""
+    return Votes(front.settings.studio.votes)
+
+
 @router.get("/blind")
 async def blind(request: Request, front: Visited) -> Response:
     """Choose between pictures without names."""
-    return page(request, "blind", models=await asyncio.to_thread(front.catalogue.names))
+    return page(request, "blind", models=await front.names())
 
 
 class Match(BaseModel):
@@ -222,28 +226,33 @@ class Match(BaseModel):
 
 
 @router.post("/pairs")
-async def new_pair(front: Visited, match: Match) -> dict[str, str]:
+async def new_pair(request: Request, front: Visited) -> dict[str, str]:
     """A prompt, and the id of two pictures of it in random order; which is whose is kept here."""
-    names = [await asyncio.to_thread(front.catalogue.resolve, m) for m in (match.model, match.other)]
+    match = parsed(Match, await body(request, 1))
+    names = [await front.resolved(m) for m in (match.model, match.other)]
     if names[0] == names[1]:
         raise HTTPException(400, f"{match.model} and {match.other} are the same: choose two models")
     draws = random.SystemRandom()
     draws.shuffle(names)
     prompt = draws.choice(await asyncio.to_thread(front.settings.studio.texts))
     pair = Pair(secrets.token_urlsafe(12), prompt, draws.randrange(SEEDS), *names)
-    await asyncio.to_thread(Votes(front.settings.studio.votes).show, pair)
+    await asyncio.to_thread(lambda: votes(front).show(pair))
     return {"id": pair.id, "prompt": prompt}
 
 
 @router.get("/pairs/{number}/{side}.png")
 async def half(front: Visited, number: str, side: Literal["left", "right"]) -> Response:
     """One of a pair's pictures; nothing in it or beside it says whose it is."""
-    pair = await asyncio.to_thread(Votes(front.settings.studio.votes).pair, number)
+    pair = await asyncio.to_thread(lambda: votes(front).pair(number))
     if pair is None:
         raise HTTPException(404, "there is no such pair")
     by = pair.left if side == "left" else pair.right
-    drawn = await draw(front, by, pair.prompt, pair.seed)
-    return Response(png(drawn), media_type="image/png", headers={"Cache-Control": "no-store"})
+    try:
+        (drawn,) = await front.draw(by, [wished(front, pair.prompt, pair.seed)])
+    except (HTTPException, ReplacedError) as error:  # which would say by whom it was to be
+        raise HTTPException(503, "one of the two pictures could not be made: begin again") from error
+    content = await asyncio.to_thread(file_of, drawn)
+    return Response(content, media_type="image/png", headers={"Cache-Control": "no-store"})
 
 
 class Choice(BaseModel):
@@ -253,9 +262,10 @@ class Choice(BaseModel):
 
 
 @router.post("/pairs/{number}")
-async def choose(front: Visited, number: str, choice: Choice) -> dict[str, bool]:
+async def choose(request: Request, front: Visited, number: str) -> dict[str, bool]:
     """Note a choice, once for each pair."""
-    if not await asyncio.to_thread(Votes(front.settings.studio.votes).choose, number, choice.choice):
+    choice = parsed(Choice, await body(request, 1)).choice
+    if not await asyncio.to_thread(lambda: votes(front).choose(number, choice)):
         raise HTTPException(409, "this pair is not known, or was chosen from before")
     return {"noted": True}
 
@@ -263,7 +273,7 @@ async def choose(front: Visited, number: str, choice: Choice) -> dict[str, bool]
 @router.get("/results")
 async def results(request: Request, front: Visited) -> Response:
     """What the choices add up to."""
-    standings = await asyncio.to_thread(Votes(front.settings.studio.votes).standings)
+    standings = await asyncio.to_thread(lambda: votes(front).standings())
     name = front.settings.base
     named = [s._replace(model=label(s.model) or name, other=label(s.other) or name) for s in standings]
     return page(request, "results", standings=named)

@@ -8,6 +8,8 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from serve.guard import Guarded
+
 FILES = sorted((Path(__file__).parents[2] / "configs" / "serve").glob("*.yaml"))
 
 
@@ -17,4 +19,4 @@ def test_the_file_is_what_ray_and_its_applications_take(file):
     for application in schema.applications:
         module, _, name = application.import_path.partition(":")
         (settings,) = inspect.signature(getattr(importlib.import_module(module), name)).parameters.values()
-        settings.annotation.model_validate(application.args)
+        assert isinstance(settings.annotation.model_validate(application.args), Guarded)

@@ -79,6 +79,32 @@ def test_only_a_gain_over_its_own_error_moves_the_alias(versions, tmp_path, caps
     assert f"champion  of m {'is now 2' if won else 'stays 1'}" in capsys.readouterr().out
 
 
+def test_what_cannot_decide_is_refused_before_anything_is_judged():
+    config = load(SPARSE, [])
+    with pytest.raises(ConfigError, match="of 'watermarked' less is better"):
+        promote.check_metric(config, "watermarked")
+    with pytest.raises(ConfigError, match="there is no 'reward/x' among the scores: --metric takes reward/pref"):
+        promote.check_metric(config, "reward/x")
+    promote.check_metric(config, "counting")
+
+
+def test_a_champion_that_changed_meanwhile_is_not_replaced(versions, tmp_path):
+    client, (champion, candidate) = versions
+    client.create_model_version("m", f"{tmp_path}/3")
+    client.set_registered_model_alias("m", "champion", "3")
+    config = load(SPARSE, [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"])
+    with pytest.raises(ConfigError, match="the champion became version 3 meanwhile"):
+        promote.decide(config, "champion", candidate, champion, result("a", [1.0, 2.0]), result("b", [2.0, 4.0]), "reward/judge")
+    assert str(client.get_model_version_by_alias("m", "champion").version) == "3"
+
+
+def test_a_gain_without_an_error_wins_nothing(versions, tmp_path):
+    _, (champion, candidate) = versions
+    config = load(SPARSE, [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"])
+    with pytest.raises(ConfigError, match="reward/judge has no error to compare a gain with"):
+        promote.decide(config, "champion", candidate, champion, result("a", [1.0, 2.0]), result("b", [2.0, 3.0]), "reward/judge")
+
+
 def test_a_score_that_is_not_there_is_named(versions, tmp_path):
     _, (champion, candidate) = versions
     config = load(SPARSE, [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"])

@@ -65,9 +65,17 @@ def test_some_pictures_of_each_task_are_shown_by_base_and_aligned_model(folder):
 
 def test_nothing_outside_of_a_run_can_be_had(folder):
     run = run_of(folder, "20260101-sparse")
-    for path in ("../../secret.png", str(folder.parent / "secret.png"), "config.yaml", "previews", "nothing.png"):
+    for path in (
+        "../../secret.png",
+        str(folder.parent / "secret.png"),
+        "config.yaml",
+        "previews",
+        "nothing.png",
+        "\0.png",
+        "a" * 300 + ".png",
+    ):
         assert picture_of(run, path) is None
     (run.folder / "link.png").symlink_to(folder.parent / "secret.png")
     assert picture_of(run, "link.png") is None
-    for name in ("..", "empty", "nothing", "../runs/20260101-sparse", ""):
+    for name in ("..", "empty", "nothing", "../runs/20260101-sparse", "", "a" * 300):
         assert run_of(folder, name) is None

@@ -7,12 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fastapi import HTTPException
+from mlflow import MlflowClient
 
 from flowbp_ray.backbones.sd3 import SD3Backbone
-from flowbp_ray.pictures import to_uint8
+from flowbp_ray.pictures import file_of, to_uint8
 from flowbp_ray.training import EXPORT_FILE, adapter
-from serve.painter import Painter, Painting, Picture
-from serve.text_to_image import SEEDS, Catalogue, TextToImage, api, encoded, understood, wanted
+from serve.catalogue import Catalogue, label, state_of
+from serve.guard import parsed
+from serve.painter import Painter, Painting, Picture, ReplacedError
+from serve.text_to_image import SEEDS, Asked, TextToImage, api, wanted
 
 
 def settings(tmp_path, **more):
@@ -21,8 +24,6 @@ def settings(tmp_path, **more):
 
 
 def asked(**more):
-    from serve.text_to_image import Asked
-
     return Asked(prompt="a red ring", **more)
 
 
@@ -48,7 +49,7 @@ def test_a_request_is_as_many_pictures_of_seeds_that_count_on(tmp_path):
 )
 def test_what_is_no_request_is_refused(body, said):
     with pytest.raises(HTTPException) as found:
-        understood(body)
+        parsed(Asked, body)
     assert found.value.status_code == 400
     assert found.value.detail.startswith(said)
 
@@ -67,19 +68,57 @@ def test_a_name_is_a_folder_of_the_configured_one_and_nothing_else(tmp_path):
     (tmp_path / "secret").mkdir()
     for place in (tmp_path / "all" / "mine", tmp_path / "secret"):
         (place / EXPORT_FILE).write_bytes(b"1")
-    catalogue = Catalogue(settings(tmp_path, adapters=str(tmp_path / "all"), registered=["aligned"]))
+    catalogue = Catalogue(settings(tmp_path, adapters=str(tmp_path / "all"), registered=["aligned"]), "shapes")
     assert catalogue.resolve(None) == catalogue.resolve("shapes") == ""
     first = catalogue.resolve("mine")
     assert first.startswith(f"folder:{tmp_path}/all/mine#")
     (tmp_path / "all" / "mine" / EXPORT_FILE).write_bytes(b"22")
     assert catalogue.resolve("mine") not in ("", first)
     run = "0" * 32
-    for name in ("..", "../secret", str(tmp_path / "secret"), "mine/..", "all", "aligned", "aligned/1", "aligned@champion", run):
+    for name in (
+        "é" * 200,
+        "a" * 300,
+        "mine\0",
+        "..",
+        "../secret",
+        str(tmp_path / "secret"),
+        "mine/..",
+        "all",
+        "aligned",
+        "aligned/1",
+        "aligned@champion",
+        run,
+    ):
         with pytest.raises(HTTPException) as found:
             catalogue.resolve(name)
         assert found.value.status_code == 404
     assert catalogue.names() == ["shapes", "mine"]
-    assert Catalogue(settings(tmp_path, runs=True)).resolve(run) == f"run:{run}"
+
+
+def test_a_run_is_another_adapter_once_it_went_on(tmp_path):
+    settled = settings(tmp_path, runs=True)
+    client = MlflowClient(settled.tracking_uri)
+    run = client.create_run("0").info.run_id
+    names = []
+    for _ in range(2):
+        client.set_terminated(run, end_time=1 + len(names))
+        names.append(Catalogue(settled, "shapes").resolve(run))
+    assert names == [f"run:{run}#1", f"run:{run}#2"]
+    assert label(names[0]) == run
+
+
+def test_while_mlflow_does_not_answer_its_names_are_asked_for_later_and_others_are_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / EXPORT_FILE).write_bytes(b"1")
+    settled = settings(tmp_path, tracking_uri="http://127.0.0.1:9", registered=["aligned"], adapters=str(tmp_path))
+    catalogue = Catalogue(settled, "shapes")
+    for ask in (lambda: catalogue.resolve("aligned@champion"), catalogue.names):
+        with pytest.raises(HTTPException, match="MLflow does not answer") as found:
+            ask()
+        assert found.value.status_code == 503
+    assert catalogue.resolve("shapes") == ""
+    assert catalogue.resolve("mine").startswith("folder:")
 
 
 def test_the_description_has_what_the_service_takes():
@@ -91,13 +130,12 @@ def test_the_description_has_what_the_service_takes():
 
 
 def test_png_is_exact():
-    import base64
     import io
 
     from PIL import Image
 
     picture = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
-    read = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded(picture, "png")))))
+    read = np.asarray(Image.open(io.BytesIO(file_of(picture))))
     np.testing.assert_array_equal(read, picture)
 
 
@@ -122,6 +160,11 @@ def painter(tiny_pipeline, monkeypatch):
     return Painter(Painting.model_validate({"model": {"path": str(tiny_pipeline)}}), "sqlite:////nowhere.db")
 
 
+def named(folder):
+    """A folder as the catalogue names it between processes."""
+    return f"folder:{folder}#{state_of(folder / EXPORT_FILE)}"
+
+
 def test_adapters_that_are_sampled_at_once_never_mix(painter, adapters, tiny_pipeline):
     picture = Picture("a red ring", 3, 1.0, 2, 2.0, 64, 64)
     references = {}
@@ -133,7 +176,7 @@ def test_adapters_that_are_sampled_at_once_never_mix(painter, adapters, tiny_pip
     references["base"] = to_uint8(own.sample([picture.prompt], [3], steps=2, guidance_scale=2.0, height=64, width=64))
     distances = [np.abs(references[a].astype(int) - references[b]).max() for a in references for b in references if a < b]
     assert min(distances) > 10
-    held = {name: painter.fetched(f"folder:{folder}#1") for name, folder in adapters.items()} | {"base": None}
+    held = {name: painter.fetched(named(folder)) for name, folder in adapters.items()} | {"base": None}
     wrong = []
 
     def ask(name):
@@ -154,16 +197,16 @@ def test_adapters_that_are_sampled_at_once_never_mix(painter, adapters, tiny_pip
 
 def test_an_adapter_that_nothing_uses_is_dropped_and_can_be_had_again(painter, adapters):
     picture = Picture("a red ring", 3, 1.0, 1, 1.0, 64, 64)
-    first = painter.fetched(f"folder:{adapters['a0']}#1")
+    first = painter.fetched(named(adapters["a0"]))
     before = painter.sample(first, [picture])
     assert painter._loaded() == [first.name]
     name = first.name
     del first
     gc.collect()
-    second = painter.fetched(f"folder:{adapters['a1']}#1")
+    second = painter.fetched(named(adapters["a1"]))
     painter.sample(second, [picture])
     assert painter._loaded() == [second.name]
-    again = painter.fetched(f"folder:{adapters['a0']}#1")
+    again = painter.fetched(named(adapters["a0"]))
     np.testing.assert_array_equal(painter.sample(again, [picture]), before)
     assert again.name != name
 
@@ -175,7 +218,42 @@ def test_an_adapter_of_another_model_is_refused(painter, adapters, tiny_pipeline
     other.mkdir()
     state = load_file(adapters["a0"] / EXPORT_FILE)
     save_file({k.replace("transformer_blocks", "double_blocks"): v for k, v in state.items()}, other / EXPORT_FILE)
-    with pytest.raises(ValueError, match=f"the adapter in {other} is another model's"):
-        painter.fetched(f"folder:{other}#1")
+    with pytest.raises(ValueError, match="the adapter in other is another model's"):
+        painter.fetched(named(other))
     with pytest.raises(ValueError, match="is no folder here, and MLflow"):
         painter.fetched("models:/nothing/1")
+
+
+def test_a_folder_is_the_adapter_that_it_was_when_it_was_looked_up_or_none(painter, adapters):
+    picture = Picture("a red ring", 3, 1.0, 1, 1.0, 64, 64)
+    name, folder = named(adapters["a0"]), adapters["a0"]
+    first, other = painter.fetched(name), painter.fetched(named(adapters["a1"]))
+    wanted, others = painter.sample(first, [picture]), painter.sample(other, [picture])
+    # What somebody puts beside it, or has half written, is not taken for it.
+    for beside in (f".{EXPORT_FILE}", f"old_{EXPORT_FILE}"):
+        (folder / beside).write_bytes((adapters["a1"] / EXPORT_FILE).read_bytes())
+    np.testing.assert_array_equal(painter.sample(painter.fetched(name), [picture]), wanted)
+    (folder / f".{EXPORT_FILE}").replace(folder / EXPORT_FILE)
+    with pytest.raises(ReplacedError):
+        painter.fetched(name)
+    np.testing.assert_array_equal(painter.sample(painter.fetched(named(folder)), [picture]), others)
+    np.testing.assert_array_equal(painter.sample(first, [picture]), wanted)  # held, whatever became of the folder
+    (folder / EXPORT_FILE).unlink()
+    with pytest.raises(ReplacedError):
+        painter.fetched(name)
+
+
+@pytest.mark.parametrize("broken", ["rank", "half"])
+def test_an_adapter_that_is_not_whole_is_refused(painter, adapters, tmp_path, broken):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    state = load_file(adapters["a0"] / EXPORT_FILE)
+    last = next(name for name in sorted(state, reverse=True) if "lora_B" in name)
+    state[last] = state[last][:, :1].contiguous()
+    if broken == "half":
+        del state[last]
+    save_file(state, folder / EXPORT_FILE)
+    with pytest.raises(ValueError, match="the adapter in broken is not whole: of transformer_blocks"):
+        painter.fetched(named(folder))

@@ -26,8 +26,9 @@ function comparing(form) {
   const status = by("status"), pictures = by("pictures");
   let latest = 0;
 
-  async function fill(figure, wish) {
+  async function fill(figure, wish, mine) {
     const made = await ask("/pictures", wish);
+    if (mine !== latest) return; // of an earlier strength, and later than the newer one's
     const image = figure.querySelector("img");
     image.src = made.image;
     const scores = figure.querySelector("dl");
@@ -52,18 +53,19 @@ function comparing(form) {
             element("img", { alt: `${prompt}, by ${model}, seed ${seed}` }),
             element("figcaption", {}, element("strong", { textContent: model }), ` seed ${seed}`, element("dl"),
               element("a", { textContent: "Download", ariaLabel: `Download the picture by ${model}, seed ${seed}`, hidden: true })));
-          figure.wish = { model, seed };
+          figure.wish = { prompt, model, seed };
           row.append(figure);
         }
         pictures.append(row);
       }
     }
     const figures = [...pictures.querySelectorAll("figure")];
+    for (const figure of figures) figure.querySelector("img").removeAttribute("src");
     let done = 0;
     status.textContent = `Sampling ${figures.length} pictures …`;
     try {
       await Promise.all(figures.map(async (figure) => {
-        await fill(figure, { prompt, strength, ...figure.wish });
+        await fill(figure, { strength, ...figure.wish }, mine);
         if (mine === latest) status.textContent = `${++done} of ${figures.length} pictures`;
       }));
     } catch (error) {
@@ -133,6 +135,7 @@ function choosing(form) {
   buttons.forEach((button) => button.addEventListener("click", () => choose(button.dataset.choice)));
   document.addEventListener("keydown", (event) => {
     const choice = { ArrowLeft: "left", ArrowRight: "right", ArrowDown: "same" }[event.key];
+    if (event.repeat || event.altKey || event.ctrlKey || event.metaKey) return;
     if (choice && pair && !["SELECT", "INPUT"].includes(document.activeElement.tagName)) {
       event.preventDefault();
       choose(choice);
