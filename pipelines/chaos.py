@@ -29,6 +29,7 @@ from pipelines.machines import PROCESSES, Command, Machines, kept_in, newest, sm
 
 #: What is killed.
 ROLES = (*PROCESSES, "reward application", "driver", "worker node")
+SPARED = 4  # last steps of a run, after which nothing is killed
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,11 @@ def main() -> None:
     args = arguments()
     try:
         config = small(args.given)
-        if args.kills < 1 or not 1 <= args.per_run < config.train.steps:
-            raise ConfigError(f"--kills {args.kills} --per-run {args.per_run}: at least one, and fewer than steps in a run")
+        if args.kills < 1 or not 1 <= args.per_run <= config.train.steps - SPARED:
+            raise ConfigError(
+                f"--kills {args.kills} --per-run {args.per_run}: at least one, and in a run at most train.steps − {SPARED}, "
+                f"which is {config.train.steps - SPARED}"
+            )
     except (ConfigError, OSError) as error:
         refuse(error)
     folder = (args.output or config.output.parent / "chaos").expanduser().absolute()
@@ -80,7 +84,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     randomly = random.Random(args.seed)
     order = [role for _ in range(-(-args.kills // len(args.roles))) for role in randomly.sample(args.roles, len(args.roles))]
-    planned = [order[: args.kills][i : i + args.per_run] for i in range(0, args.kills, args.per_run)]
+    order = order[: args.kills]
     signal.signal(signal.SIGTERM, interrupt)
     try:
         with Machines() as machines:
@@ -89,12 +93,17 @@ def main() -> None:
             if undisturbed.orphans:
                 raise RuntimeError(f"the undisturbed run left {undisturbed.orphans}")
             kills, lines = list[Kill](), list[str]()
-            for number, roles in enumerate(planned, 1):
-                print(f"run {number} of {len(planned)}: {', '.join(roles)}")
+            number = 0
+            while len(kills) < args.kills:
+                number, roles = number + 1, order[: args.per_run]
+                print(f"run {number}, {len(kills)} of {args.kills} kills: {', '.join(roles)}")
                 found, done = run(config, folder, number, roles, machines, randomly)
+                if not done:
+                    raise RuntimeError("a run ended before there was anything to kill: give it more train.steps")
+                order = order[len(done) :]  # what it ended before is killed in the next one
                 kills += done
                 said = different(undisturbed, found)
-                lines += [f"run {number} ({', '.join(roles)}): {line}" for line in said]
+                lines += [f"run {number} ({', '.join(k.role for k in done)}): {line}" for line in said]
                 print("  " + ("\n  ".join(said) or "nothing is different"))
                 (folder / "kills.json").write_text(json.dumps([asdict(k) for k in kills], indent=1) + "\n", encoding="utf-8")
     except KeyboardInterrupt:
@@ -115,8 +124,8 @@ def run(
     place = folder / "runs" / f"{number:03d}"
     place.mkdir(parents=True)
     own = kept_in(place, config)
-    # Its first step may be the one that is waited for longest, and after the last one nothing would come.
-    steps = sorted(randomly.sample(range(config.train.steps - 1), len(roles)))
+    # Its first step may be the one that is waited for longest; with the last ones all samples are there, and no sampler any more.
+    steps = sorted(randomly.sample(range(config.train.steps - SPARED), len(roles)))
     kills = []
     command = Command(place, machines)
     try:
@@ -124,6 +133,8 @@ def run(
             command.wait_for(step)
             time.sleep(randomly.random() * 3)
             reached, began = newest(place), time.monotonic()
+            if command.process.poll() is not None:
+                break
             if role == "driver":
                 command.kill()
             elif role == "worker node":
@@ -131,8 +142,8 @@ def run(
             elif role == "reward application":
                 for name in serve.status().applications:
                     serve.delete(name)
-            else:
-                machines.kill(role, randomly, command)
+            elif not machines.kill(role, randomly, command):
+                break
             command.wait_for(reached + 1)
             kills.append(Kill(role, reached, time.monotonic() - began))
         command.wait_for(None)

@@ -121,19 +121,23 @@ def _adapter(client: MlflowClient, uri: str, run_id: str, exported: Exported, fi
     model = client.create_logged_model(
         run.info.experiment_id, name="adapter", source_run_id=run_id, tags=tags, params=run.data.params
     )
-    mlflow.set_tracking_uri(uri)  # it has no client; this process has no other store
-    logged = Model.log(
-        artifact_path=None,
-        model_id=model.model_id,
-        flavor=_Pinned(exported.config.model.revision),
-        run_id=run_id,
-        step=exported.version,  # with it go the run's metrics of that step, the evaluation's
-        registered_model_name=exported.name,
-        adapter_path=str(files),
-        base_model=exported.config.model.source,
-        metadata={"sampling": exported.config.sampling.model_dump(mode="json")},
-        tags=tags,
-    )
+    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    mlflow.set_tracking_uri(uri)  # Model.log has no client
+    try:
+        logged = Model.log(
+            artifact_path=None,
+            model_id=model.model_id,
+            flavor=_Pinned(exported.config.model.revision),
+            run_id=run_id,
+            step=exported.version,  # with it go the run's metrics of that step, the evaluation's
+            registered_model_name=exported.name,
+            adapter_path=str(files),
+            base_model=exported.config.model.source,
+            metadata={"sampling": exported.config.sampling.model_dump(mode="json")},
+            tags=tags,
+        )
+    finally:
+        mlflow.set_tracking_uri(before)  # it is an environment variable too, which child processes would take
     return str(logged.registered_model_version)
 
 
@@ -175,9 +179,10 @@ def find(uri: str, what: str) -> Found:
             version = version_of(client, what)
             run_id, artifacts = version.run_id, client.get_model_version_download_uri(version.name, version.version)
         else:
-            version, run_id = None, client.get_run(what).info.run_id
-            there = {file.path for file in client.list_artifacts(run_id)}
-            artifacts = f"runs:/{run_id}/{'reference' if 'reference' in there else 'adapter'}"
+            version, run = None, client.get_run(what).info
+            run_id, there = run.run_id, {file.path for file in client.list_artifacts(run.run_id)}
+            # Not as runs:/…: of that name is the run's logged model too, which MLflow asks the process's default store for.
+            artifacts = f"{run.artifact_uri}/{'reference' if 'reference' in there else 'adapter'}"
     except (MlflowException, TypeError) as error:
         raise nothing(uri, what, error) from error
 

@@ -50,7 +50,7 @@ def readme_commands():
 def account(tmp_path_factory):
     """A shell of an account that never had Ray: its commands share one environment, and a home of their own."""
     home = tmp_path_factory.mktemp("home")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
     environment |= {"HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "FLOWBP_TOKEN": "secret"}
 
     def run(*commands, timeout=600, check=True):

@@ -1,6 +1,7 @@
 """What a run exports as a version: plain MLflow loads it, and it is there once."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,9 @@ def store(tmp_path, monkeypatch):
     """A store, from a working directory in which nothing may be kept."""
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     yield f"sqlite:///{tmp_path}/mlflow.db"
+    mlflow.set_tracking_uri(None)
     assert not list((tmp_path / "cwd").iterdir())
 
 
@@ -80,6 +83,7 @@ def test_plain_mlflow_loads_a_version_and_it_is_the_adapter(store, run, exported
 def test_a_version_is_made_once_and_another_adapter_is_another_version(store, run, exported):
     tracked, _ = run
     assert registry.register(store, tracked.run_id, exported) == registry.register(store, tracked.run_id, exported)
+    assert "MLFLOW_TRACKING_URI" not in os.environ  # child processes would take that store for theirs
     (exported.folder / "pytorch_lora_weights.safetensors").write_bytes(
         (exported.folder / "pytorch_lora_weights.safetensors").read_bytes()[:-4] + b"\0\0\0\0"
     )
