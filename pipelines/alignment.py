@@ -4,16 +4,19 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+from ray import PlacementGroupID
 from ray.actor import ActorHandle
 from ray.data import ExecutionOptions
 from ray.train import Checkpoint, CheckpointConfig, DataConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from tqdm import tqdm
 
 from flowbp_ray.config import AlignConfig, dump
@@ -21,6 +24,7 @@ from flowbp_ray.pictures import Cell, Row, sheet
 from flowbp_ray.rollouts.evaluation import Pictures, differences, evaluate, scores
 from flowbp_ray.rollouts.policy import PolicyStore
 from flowbp_ray.rollouts.prompts import pictured, read_prompts
+from flowbp_ray.rollouts.stages import RewardStage, SamplerStage, Timed
 from flowbp_ray.rollouts.stream import rollouts
 from flowbp_ray.shapes.checker import check
 from flowbp_ray.shapes.evaluation import Score
@@ -28,7 +32,7 @@ from flowbp_ray.tracking.registry import Exported
 from flowbp_ray.tracking.store import masked
 from flowbp_ray.tracking.tracker import WARNINGS
 from flowbp_ray.training import EXPORT_FILE, NOTE_FILE
-from flowbp_ray.training.worker import Job, train_loop
+from flowbp_ray.training.worker import Job, learner_of, train_loop
 from pipelines.causes import lost, reason
 from pipelines.runs import Kept
 from pipelines.session import Session, on_this_node, progress, session
@@ -53,6 +57,18 @@ class Outcome:
     #: What a person has to know beside the scores: ``stopped`` and why, ``warnings`` and how many, ``best`` and why that,
     #: ``model`` and its URI in MLflow's registry.
     notes: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What does the work of an attempt; `pipelines.scale` puts others in its place."""
+
+    sampler: type[Timed] = SamplerStage
+    reward: type[Timed] = RewardStage
+    learner: Callable[[AlignConfig, int], Any] = learner_of
+
+
+REAL = Parts()
 
 
 def align(config: AlignConfig, folder: Path) -> Outcome:
@@ -156,14 +172,24 @@ def trained(config: AlignConfig, prompts: list[str], folder: Path, at: Session, 
 
 
 def attempt(
-    config: AlignConfig, prompts: list[str], folder: Path, at: Session, preview: list[tuple[str, int]], kept: Kept, bar: tqdm
+    config: AlignConfig,
+    prompts: list[str],
+    folder: Path,
+    at: Session,
+    preview: list[tuple[str, int]],
+    kept: Kept,
+    bar: tqdm,
+    parts: Parts = REAL,
 ) -> Result:
     """One stream of rollouts and one group of train workers, as far as they get."""
+    free_placement_groups()
     store = ray.remote(PolicyStore).options(num_cpus=0).remote(config.train.workers if config.train.sharded else 1)
     cluster = config.cluster
+    first = min(kept.steps, config.train.steps - 1)  # where all steps are done nobody reads it
+    stream = rollouts(config, prompts, store, at.rewards, first, parts.sampler, parts.reward)
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config=Job(config, folder, store, at.tracker, at.rewards, preview),
+        train_loop_config=Job(config, folder, store, at.tracker, at.rewards, preview, parts.learner),
         scaling_config=ScalingConfig(
             num_workers=config.train.workers,
             use_gpu=cluster.trainer_gpus > 0,
@@ -176,8 +202,7 @@ def attempt(
                 num_to_keep=config.train.keep_checkpoints, checkpoint_score_attribute=config.train.best
             ),
         ),
-        # Where all steps are done nobody reads it.
-        datasets={"rollouts": rollouts(config, prompts, store, at.rewards, min(kept.steps, config.train.steps - 1))},
+        datasets={"rollouts": stream},
         # Which rank gets which micro-batch depends on the order alone.
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
     )
@@ -185,20 +210,31 @@ def attempt(
     running = ray.remote(num_cpus=0, max_retries=0, max_calls=1, scheduling_strategy=on_this_node())(TorchTrainer.fit).remote(
         trainer
     )
-    began, told, said, first = time.monotonic(), False, 0, bar.n
+    began, told, said, reached = time.monotonic(), False, 0, bar.n
     try:
         while not ray.wait([running], timeout=0.5)[0]:
             said = look(bar, at.tracker, said)
             kept.copy()
-            if bar.n == first and not told and time.monotonic() - began > PATIENCE:
+            if bar.n == reached and not told and time.monotonic() - began > PATIENCE:
                 told = True
                 bar.write(f"no step yet: {config.reserved()} are needed, free are {ray.available_resources()}", sys.stderr)
         look(bar, at.tracker, said)
     except BaseException:
         ray.cancel(running, force=True)
         raise
+    finally:
+        free_placement_groups()
     result: Result = ray.get(running)
     return result
+
+
+def free_placement_groups() -> None:
+    """Remove what Ray Train reserved for this driver's train workers and did not give back. Ray itself does that for a lost
+    controller only where the cluster has a dashboard, else when the driver ends; the next attempt needs the room."""
+    own = ray.get_runtime_context().get_job_id()
+    for group, state in placement_group_table().items():
+        if group.endswith(own) and state["state"] != "REMOVED":  # a group's id ends with that of its job
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
 
 
 def look(bar: tqdm, tracker: ActorHandle, said: int) -> int:

@@ -1,26 +1,40 @@
-"""Measure the parts of an alignment, without checkpoints or network; all but `reward` and `images` without ray.
+"""Measure the parts of an alignment, without checkpoints or network.
 
     python -m pipelines.benchmark update --model sd35 --random-weights
     python -m pipelines.benchmark update --model flux1 --random-weights --full --gradient-checkpointing --batch 2
     python -m pipelines.benchmark fits --caps 24 48 80
+    python -m pipelines.benchmark rollout
+    python -m pipelines.benchmark wire
     python -m pipelines.benchmark reward
+    python -m pipelines.benchmark publish
+    python -m pipelines.benchmark pipeline train.batch=24
+    python -m pipelines.benchmark scale --series balanced --factor 1
     python -m pipelines.benchmark images --clients 32 --seconds 60
 
 `update` measures one step at a time against the whole graph, on the GPU if there is one, and says what fits for its model;
-`fits` counts that for all models, without a GPU; `reward` compares the reward service, on a local cluster, with a call in one
-process, and kills a replica of it under load; `images` asks the text-to-image service, on a local cluster, one by one and with
-many clients at once, while a replica is killed and an adapter replaced. Each table in Markdown is followed by its figures as one
-line of JSON.
+`fits` counts that for all models, without a GPU; `rollout` compares sampling with the stock diffusers pipeline; `wire` counts
+what a sample has on its way to the trainer. The others start a local cluster: `reward` compares the reward service with a call in
+one process, and kills a replica of it under load; `publish` times weights on their way to samplers; `pipeline` compares the whole
+system with a loop in one process; `scale` has the real orchestration drive stages that only wait, up to 16 samplers; `images`
+asks the text-to-image service one by one and with many clients at once, while a replica is killed and an adapter replaced.
+
+Each table in Markdown is followed by its figures as one line of JSON; --mlflow keeps both in an MLflow run too.
 """
 
 import argparse
 import json
 import sys
+import time
+from collections.abc import Iterator
+from typing import Any
 
 from pipelines import refuse
 
 STEPS = 25  # of the published samplers
 RANK = 16
+SERIES = ("balanced", "samplers", "stragglers", "publish")
+#: A text, and its figures.
+Result = tuple[str, Any]
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -45,9 +59,26 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     update.add_argument("--repeats", type=int, default=3, help="timed runs, whose median is taken (default: %(default)s)")
     fits = commands.add_parser("fits", help="the largest micro-batch under caps of memory, counted: needs no GPU")
     fits.add_argument("--model", help="one of sd35, flux1, flux2 (default: all)")
+    rollout = commands.add_parser("rollout", help="sampling beside the stock diffusers pipeline, for equal work")
+    rollout.add_argument("--batch", type=int, default=4, help="pictures at once (default: %(default)s)")
+    rollout.add_argument("--repeats", type=int, default=10, help="runs of each, in turn (default: %(default)s)")
+    wire = commands.add_parser("wire", help="what a sample has on its way to the trainer, counted")
+    wire.add_argument("--model", help="one of sd35, flux1, flux2 (default: all)")
     reward = commands.add_parser("reward", help="milliseconds and bytes of the reward service over a call in one process")
     reward.add_argument("--repeats", type=int, default=20, help="requests whose median is taken (default: %(default)s)")
     reward.add_argument("--clients", type=int, default=4, help="that ask at once, later on (default: %(default)s)")
+    publish = commands.add_parser("publish", help="weights on their way to samplers, beside a plain copy")
+    publish.add_argument("--samplers", type=int, nargs="+", default=[1, 4], help="that load at once (default: 1 4)")
+    pipeline = commands.add_parser("pipeline", help="the whole system beside a loop in one process")
+    pipeline.add_argument(
+        "changes", nargs="*", metavar="section.setting=value", help="what to change in configs/shapes/sparse.yaml"
+    )
+    pipeline.add_argument("--steps", type=int, default=10, help="measured steps a run (default: %(default)s)")
+    scale = commands.add_parser("scale", help="the real orchestration between stages that only wait")
+    scale.add_argument("--series", nargs="+", choices=SERIES, default=list(SERIES), help="what to vary (default: all)")
+    scale.add_argument("--samplers", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="how many (default: 1 2 4 8 16)")
+    scale.add_argument("--factor", type=float, default=0.25, help="on all durations (default: %(default)s)")
+    scale.add_argument("--steps", type=int, default=8, help="measured steps a run (default: %(default)s)")
     images = commands.add_parser("images", help="the text-to-image service under load, and what of it fails")
     images.add_argument("--clients", type=int, default=32, help="that ask at once (default: %(default)s)")
     images.add_argument("--seconds", type=float, default=60, help="of load (default: %(default)s)")
@@ -56,26 +87,99 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         command.add_argument(
             "--caps", type=float, nargs="+", default=[24, 48, 80], metavar="GB", help="GPUs' memory (default: 24 48 80)"
         )
-    args = parser.parse_args(given)
-    if args.command == "update":
-        for name, numbers in {"batch": [args.batch], "repeats": [args.repeats], "active": args.active}.items():
-            if min(numbers) < 1:
-                parser.error(f"--{name} {min(numbers)}: at least 1 is needed")
-        if max(args.active) > STEPS:
-            parser.error(f"--active {max(args.active)}: the sampler has {STEPS} steps, and no more can be active")
-    if args.command == "reward":
-        if min(args.repeats, args.clients) < 1:
-            parser.error(f"--repeats {args.repeats} --clients {args.clients}: at least 1 of each is needed")
-        return args
-    if args.command == "images":
-        if min(args.clients, args.replicas, args.seconds) < 1:
-            parser.error(
-                f"--clients {args.clients} --replicas {args.replicas} --seconds {args.seconds:g}: at least 1 of each is needed"
-            )
-        return args
-    if min(args.caps) <= 0:
-        parser.error(f"--caps {min(args.caps):g}: a GPU has more than 0 GB")
+    for command in commands.choices.values():
+        command.add_argument(
+            "--mlflow", nargs="?", const="", metavar="URI", help="keep the result in MLflow too (default: where alignments are)"
+        )
+    args = parser.parse_intermixed_args(given) if given and "pipeline" in given else parser.parse_args(given)
+    for name, value in vars(args).items():
+        numbers = value if isinstance(value, list) else [value]
+        if name == "caps" and min(numbers) <= 0:
+            parser.error(f"--caps {min(numbers):g}: a GPU has more than 0 GB")
+        if name == "factor" and value <= 0:
+            parser.error(f"--factor {value:g}: it has to be more than 0")
+        if name in {"batch", "repeats", "active", "clients", "replicas", "seconds", "samplers", "steps"} and min(numbers) < 1:
+            parser.error(f"--{name} {min(numbers):g}: at least 1 is needed")
+    if args.command == "update" and max(args.active) > STEPS:
+        parser.error(f"--active {max(args.active)}: the sampler has {STEPS} steps, and no more can be active")
     return args
+
+
+def results(args: argparse.Namespace) -> Iterator[Result]:
+    """What a command finds. ValueError for bad input."""
+
+    def told(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    if args.command == "rollout":
+        from pipelines import rollout_cost
+
+        rows = rollout_cost.measure(args.batch, args.repeats, told)
+        yield rollout_cost.table(rows), rows
+    elif args.command == "reward":
+        from pipelines import reward_cost
+
+        rows = reward_cost.measure(args.repeats, args.clients, told)
+        yield reward_cost.table(rows), rows
+    elif args.command == "publish":
+        from pipelines import publish_cost
+
+        rows = publish_cost.measure(args.samplers, told)
+        yield publish_cost.table(rows), rows
+    elif args.command == "pipeline":
+        from pipelines import monolith
+
+        rows = monolith.measure(args.changes, args.steps, told)
+        yield monolith.table(rows), rows
+    elif args.command == "scale":
+        from pipelines import scale
+
+        rows = scale.measure(args.series, args.samplers, args.factor, args.steps, told)
+        yield scale.table(rows), rows
+    elif args.command == "images":
+        from pipelines import image_load
+
+        row = image_load.measure(args.clients, args.seconds, args.replicas, told)
+        yield image_load.table(row), row
+    else:
+        yield from counted(args)
+
+
+def counted(args: argparse.Namespace) -> Iterator[Result]:
+    """Of the published models: what needs neither ray nor MLflow."""
+    from flowbp_ray.backbones.published import PUBLISHED
+    from pipelines import full_size, wire
+
+    if args.model not in (None, *PUBLISHED):
+        raise ValueError(f"--model {args.model}: the published configurations are {', '.join(PUBLISHED)}")
+    names = [args.model] if args.model else list(PUBLISHED)
+    if args.command == "wire":
+        rows = wire.counted(names)
+        yield wire.table(rows), rows
+        return
+    if args.command == "update":
+        yield full_size.update(args)
+    yield full_size.fits(names, args.caps)
+
+
+def keep(uri: str, command: str, given: dict[str, Any], found: list[Result]) -> str:
+    """Log the tables, the figures and, of each row, its numbers by its position as the step; where that is."""
+    from flowbp_ray.tracking.run import TrackedRun
+    from flowbp_ray.tracking.store import tracking_uri
+
+    run = TrackedRun(
+        tracking_uri(uri or None), "flowbp_ray benchmarks", f"{command} {time.strftime('%Y-%m-%d %H:%M')}", config=given
+    )
+    for number, (text, figures) in enumerate(found):
+        run.text(text, f"{number}.md")
+        run.text(json.dumps(figures), f"{number}.json")
+        rows = figures if isinstance(figures, list) else figures.get("rows", [figures])
+        for step, row in enumerate(rows):
+            numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+            if numbers:
+                run.metrics({f"{number}/{k}": v for k, v in numbers.items()}, step)
+    run.finish("FINISHED")
+    return run.info()["page"]
 
 
 def main(given: list[str] | None = None) -> None:
@@ -84,32 +188,20 @@ def main(given: list[str] | None = None) -> None:
     from pipelines import quiet_libraries
 
     quiet_libraries()
-    if args.command == "reward":
-        from pipelines import reward_cost
-
-        rows = reward_cost.measure(args.repeats, args.clients, lambda text: print(text, file=sys.stderr))
-        print(reward_cost.table(rows))
-        print(json.dumps(rows))
-        return
-    if args.command == "images":
-        from pipelines import image_load
-
-        row = image_load.measure(args.clients, args.seconds, args.replicas, lambda text: print(text, file=sys.stderr))
-        print(image_load.table(row))
-        print(json.dumps(row))
-        return
-    from flowbp_ray.backbones.published import PUBLISHED
-    from pipelines import full_size
-
-    if args.model not in (None, *PUBLISHED):
-        sys.exit(f"--model {args.model}: the published configurations are {', '.join(PUBLISHED)}")
-    if args.command == "update":
-        try:
-            full_size.update(args)
-        except ValueError as error:  # a size that the model does not make
-            refuse(error)
-    full_size.fits([args.model] if args.model else list(PUBLISHED), args.caps)
+    found = []
+    try:
+        for text, figures in results(args):
+            print(f"{text}\n")
+            print(json.dumps(figures), end="\n\n")
+            found.append((text, figures))
+    except (ValueError, OSError) as error:
+        refuse(error)
+    if args.mlflow is not None:
+        print(f"kept in {keep(args.mlflow, args.command, {k: v for k, v in vars(args).items() if k != 'mlflow'}, found)}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: nothing runs any more")

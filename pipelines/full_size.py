@@ -2,7 +2,6 @@
 
 import argparse
 import gc
-import json
 import math
 import statistics
 import sys
@@ -145,8 +144,8 @@ def compare(update: Update, active: int, repeats: int) -> Row:
     return Row(active, walk[0] if walk else None, whole[0] if whole else None, difference)
 
 
-def update(args: argparse.Namespace) -> None:
-    """Measure and print; SystemExit where not even the model fits. ValueError as `build`."""
+def update(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Measure: a text, and its figures; SystemExit where not even the model fits. ValueError as `build`."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     sizes = {"batch": args.batch, "height": args.height, "width": args.width}
@@ -156,16 +155,15 @@ def update(args: argparse.Namespace) -> None:
         sys.exit(f"{args.model} with the gradients of what is trained does not fit into the memory of this {where}")
     rows = [compare(made, active, args.repeats) for active in tqdm(args.active, desc="measure")]
     kept = {"weights": weights(made.backbone.transformer), "gradients": size(made.trained)}
-    print(update_table(rows))
-    print(
-        f"\n{args.model}, {'all weights' if args.full else f'an adapter of rank {RANK}'}, gradient checkpointing "
+    said = (
+        f"{args.model}, {'all weights' if args.full else f'an adapter of rank {RANK}'}, gradient checkpointing "
         f"{'on' if args.gradient_checkpointing else 'off'}; {args.batch} of {args.height}×{args.width} pixels; {where}, "
         f"{str(dtype).removeprefix('torch.')}. Peaks are beside {kept['weights'] / GB:.2f} GB of weights and "
         f"{kept['gradients'] / GB:.2f} GB of gradients in the same dtype. Seconds are medians of {args.repeats} runs. The "
-        "difference is that of both gradients, relative. Guidance's negative branch has no gradient: neither evaluates it.\n"
+        "difference is that of both gradients, relative. Guidance's negative branch has no gradient: neither evaluates it."
     )
     figures = {"model": args.model, "device": where, "full": args.full, "checkpointing": args.gradient_checkpointing, **sizes}
-    print(json.dumps({**figures, **kept, "rows": [asdict(r) for r in rows]}), end="\n\n")
+    return f"{update_table(rows)}\n\n{said}", {**figures, **kept, "rows": [asdict(r) for r in rows]}
 
 
 @cache
@@ -207,23 +205,22 @@ def needs(name: str, *, full: bool, checkpointing: bool, pixels: int) -> Needs:
     )
 
 
-def fits(names: list[str], caps: list[float]) -> None:
-    """Count and print the largest micro-batch under each cap."""
+def fits(names: list[str], caps: list[float]) -> tuple[str, list[dict[str, Any]]]:
+    """Count the largest micro-batch under each cap: a text, and its figures."""
     found = []
     for name, full, checkpointing, pixels in tqdm(list(product(names, (False, True), (False, True), SIZES)), desc="count"):
         counted = needs(name, full=full, checkpointing=checkpointing, pixels=pixels)
         largest = {f"{cap:g}": counted.micro_batch(int(cap * GB)) for cap in caps}
         what = {"model": name, "full": full, "checkpointing": checkpointing, "pixels": pixels}
         found.append({**what, **asdict(counted), "micro_batch": largest})
-    print(fits_table(found))
-    print(
-        "\nThe largest micro-batch where trainer, sampler and rewards share one GPU; – where one sample is too many. bfloat16, "
+    said = (
+        "The largest micro-batch where trainer, sampler and rewards share one GPU; – where one sample is too many. bfloat16, "
         f"prompts encoded before, adapters of rank {RANK}. Counted on the meta device, not measured. Held: the weights of all "
         "three, gradients, AdamW and the average (float32 where all weights are trained), and "
         f"{CONTEXTS / GB:g} GB for CUDA itself in three processes. Others: sampling, and decoding and a CLIP ViT-H in float32 "
-        "with their gradient. 1 GB is 10^9 bytes.\n"
+        "with their gradient. 1 GB is 10^9 bytes."
     )
-    print(json.dumps(found))
+    return f"{fits_table(found)}\n\n{said}", found
 
 
 def fits_table(found: list[dict[str, Any]]) -> str:

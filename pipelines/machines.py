@@ -80,7 +80,11 @@ def newest(place: Path) -> int:
 
 
 class Machines:
-    """A head, where commands run, and two workers, where all else does, as raylets on this machine."""
+    """A head, where commands run, and workers, where all else does, as raylets on this machine."""
+
+    def __init__(self, workers: int = 2, cpus: int = 4) -> None:
+        """So many workers, of so many logical CPUs each."""
+        self.number, self.cpus = workers, cpus
 
     def __enter__(self) -> Self:
         import ray
@@ -91,7 +95,7 @@ class Machines:
         os.environ[MARK] = self.mark  # which all of the cluster's processes inherit
         os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - so Ray spells it
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        self.workers = [self.cluster.add_node(num_cpus=4) for _ in range(2)]
+        self.workers = [self.cluster.add_node(num_cpus=self.cpus) for _ in range(self.number)]
         ray.init(address=self.cluster.address, log_to_driver=False, logging_level="error")
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
         return self
@@ -127,9 +131,9 @@ class Machines:
 
     def lose(self, randomly: random.Random) -> None:
         """Lose a worker node with all that is on it; another one comes in its place."""
-        node = self.workers.pop(randomly.randrange(2))
+        node = self.workers.pop(randomly.randrange(self.number))
         self.cluster.remove_node(node, allow_graceful=False)
-        self.workers.append(self.cluster.add_node(num_cpus=4))
+        self.workers.append(self.cluster.add_node(num_cpus=self.cpus))
 
     def orphans(self) -> list[str]:
         """What of a run is still there some seconds after it ended."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import ray
 from ray import serve
 from ray.actor import ActorHandle
+from ray.serve.schema import ApplicationStatus, DeploymentStatus
 
 from flowbp_ray.config import AlignConfig, ConfigError
 from flowbp_ray.rollouts.stages import service
@@ -29,11 +30,12 @@ def rewarding(config: AlignConfig, own: str) -> Iterator[str]:
         serve.delete(own)  # of a driver that was killed
     owner = make_owner(own)  # the handle is what keeps it
     try:
-        serve.run(application(config, own), name=own, route_prefix=None)
+        start(config, own)
         ended = threading.Event()
         watch = threading.Thread(target=revive, args=(config, own, ended), daemon=True)
         watch.start()
         try:
+            wait_for(own)
             yield own
         finally:
             ended.set()
@@ -58,13 +60,31 @@ def make_owner(name: str) -> ActorHandle:
     raise ConfigError(f"another driver on this cluster has the application {name}: wait for it or stop it")
 
 
+def start(config: AlignConfig, own: str) -> None:
+    """Have the application started. Not by `serve.run`: it would wait for ever for one that is deleted as it starts."""
+    target = serve.RunTarget(application(config, own), name=own, route_prefix=None)
+    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
+def wait_for(own: str) -> None:
+    """Return when the application runs; RuntimeError, with Serve's message, if it cannot."""
+    while True:
+        there = serve.status().applications.get(own)  # None where it was deleted, and `revive` starts it again
+        if there and there.status == ApplicationStatus.RUNNING:
+            return
+        if there and there.status == ApplicationStatus.DEPLOY_FAILED:
+            said = [d.message for d in there.deployments.values() if d.status == DeploymentStatus.DEPLOY_FAILED]
+            raise RuntimeError("\n".join(said) or there.message)
+        time.sleep(0.1)
+
+
 def revive(config: AlignConfig, own: str, ended: threading.Event) -> None:
     """Start the reward application again whenever it is gone as a whole; its parts are Ray Serve's business."""
     while not ended.wait(2):
         try:
             if own not in serve.status().applications and not ended.is_set():
                 print(f"the reward application {own} is gone: starting it again", file=sys.stderr)
-                serve.run(application(config, own), name=own, route_prefix=None)
+                start(config, own)
         except Exception as error:  # Serve's controller may be gone too, for a while: it is asked again
             logging.getLogger(__name__).debug("the reward application cannot be looked after: %s", error)
 

@@ -7,8 +7,10 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import ray
@@ -30,6 +32,36 @@ def service(application: str) -> DeploymentHandle:
     return serve.get_deployment_handle("Rewards", application)
 
 
+class Timed(ABC):
+    """A stage that notes in each block how long it had waited for it, and how many bytes a sample has that it hands on."""
+
+    #: Of the columns that have it: ``…_waiting_seconds`` and ``…_bytes``.
+    name: ClassVar[str]
+    ended: float | None = None
+
+    @abstractmethod
+    def work(self, block: Block) -> Block:
+        """The block with what this stage adds to it."""
+
+    def __call__(self, block: Block) -> Block:
+        """The same, with those columns."""
+        waited = 0.0 if self.ended is None else time.perf_counter() - self.ended
+        block = self.work(block)
+        number = len(block["step"])
+        block[f"{self.name}_bytes"] = np.full(number, sample_bytes(block))
+        block[f"{self.name}_waiting_seconds"] = np.full(number, waited / number)
+        self.ended = time.perf_counter()
+        return block
+
+
+def sample_bytes(block: Block) -> float:
+    """Bytes of a block for each of its samples, texts as UTF-8."""
+    total = sum(
+        sum(len(str(v).encode()) for v in column) if column.dtype == object else column.nbytes for column in block.values()
+    )
+    return total / len(block["step"])
+
+
 class Admission:
     """Lets a micro-batch pass when its policy version exists."""
 
@@ -42,8 +74,10 @@ class Admission:
         return block
 
 
-class SamplerStage:
+class SamplerStage(Timed):
     """A `Sampler` that fetches its policies from the store."""
+
+    name = "sampling"
 
     def __init__(self, config: AlignConfig, prompts: Sequence[str], store: ActorHandle) -> None:
         from flowbp_ray.rollouts.sampler import Sampler
@@ -51,37 +85,47 @@ class SamplerStage:
         # One chunk after the other: a sampler has no second copy of a policy.
         self.sampler = Sampler(config, prompts, lambda version: map(ray.get, ray.get(store.fetch.remote(version))))
 
-    def __call__(self, block: Block) -> Block:
+    def work(self, block: Block) -> Block:
         """Roll out a micro-batch."""
         return self.sampler(block)
 
 
-class RewardStage:
+class RewardStage(Timed):
     """Asks the reward service: one request a reward input, with the whole micro-batch."""
+
+    name = "reward"
 
     def __init__(self, config: AlignConfig, application: str) -> None:
         self.config, self.service = config, service(application)
 
-    def __call__(self, block: Block) -> Block:
+    def work(self, block: Block) -> Block:
         """Scores and gradients in place of the reward inputs."""
-        began, step = time.perf_counter(), int(block["step"][0])
-        inputs, prompts = block.pop("inputs"), block["prompt"].tolist()
-        components = self.config.reward.components
-        weights = {c.name: c.weight_at(step) for c in components}
-        pending = [
-            Request(self.service, "score", np.ascontiguousarray(inputs[:, m]), prompts, weights, what=REWARDS, prompts=prompts)
-            for m in range(inputs.shape[1])
-        ]
-        answers = [p.result() for p in pending]
-        block["gradients"] = np.stack([a["gradient"] for a in answers], 1)  # (B, reward inputs, C, h, w)
-        block["objective"] = np.mean([a["objective"] for a in answers], 0)
-        for name in answers[0]["components"]:
-            block[f"reward/{name}"] = np.mean([a["components"][name] for a in answers], 0)
-        for component in components:
-            if component.schedule:
-                block[f"weight/{component.name}"] = np.full(len(prompts), weights[component.name])
-        block["reward_seconds"] = np.full(len(prompts), (time.perf_counter() - began) / len(prompts))
-        return block
+        prompts = block["prompt"].tolist()
+
+        def ask(*arguments: Any) -> Callable[[], Any]:
+            return Request(self.service, "score", *arguments, what=REWARDS, prompts=prompts).result
+
+        return rewarded(self.config, block, ask)
+
+
+def rewarded(config: AlignConfig, block: Block, ask: Callable[..., Callable[[], Any]]) -> Block:
+    """The block with scores and gradients in place of its reward inputs. ``ask(latents, prompts, weights)`` scores, by the time
+    that the answer is called for."""
+    began, step = time.perf_counter(), int(block["step"][0])
+    inputs, prompts = block.pop("inputs"), block["prompt"].tolist()
+    components = config.reward.components
+    weights = {c.name: c.weight_at(step) for c in components}
+    pending = [ask(np.ascontiguousarray(inputs[:, m]), prompts, weights) for m in range(inputs.shape[1])]
+    answers = [answer() for answer in pending]
+    block["gradients"] = np.stack([a["gradient"] for a in answers], 1)  # (B, reward inputs, C, h, w)
+    block["objective"] = np.mean([a["objective"] for a in answers], 0)
+    for name in answers[0]["components"]:
+        block[f"reward/{name}"] = np.mean([a["components"][name] for a in answers], 0)
+    for component in components:
+        if component.schedule:
+            block[f"weight/{component.name}"] = np.full(len(prompts), weights[component.name])
+    block["reward_seconds"] = np.full(len(prompts), (time.perf_counter() - began) / len(prompts))
+    return block
 
 
 class Encoder:

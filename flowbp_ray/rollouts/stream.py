@@ -11,10 +11,18 @@ from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, Dataset
 
 from flowbp_ray.config import AlignConfig
-from flowbp_ray.rollouts.stages import Admission, RewardStage, SamplerStage
+from flowbp_ray.rollouts.stages import Admission, RewardStage, SamplerStage, Timed
 
 
-def rollouts(config: AlignConfig, prompts: Sequence[str], store: ActorHandle, application: str, first_step: int = 0) -> Dataset:
+def rollouts(
+    config: AlignConfig,
+    prompts: Sequence[str],
+    store: ActorHandle,
+    application: str,
+    first_step: int = 0,
+    sampler: type[Timed] = SamplerStage,
+    reward: type[Timed] = RewardStage,
+) -> Dataset:
     """All micro-batches of a run from a step on, in order. Set ``preserve_order`` where it is executed."""
     cluster = config.cluster
     parts = config.train.batch // config.train.micro_batch
@@ -27,7 +35,7 @@ def rollouts(config: AlignConfig, prompts: Sequence[str], store: ActorHandle, ap
     return (
         source.map_batches(Admission, fn_constructor_args=(config, store), compute=pool(1), num_cpus=0.01, **whole)
         .map_batches(
-            SamplerStage,
+            sampler,
             fn_constructor_args=(config, prompts, store),
             compute=pool(cluster.samplers, cluster.max_samplers),
             num_cpus=cluster.sampler_cpus,
@@ -35,6 +43,6 @@ def rollouts(config: AlignConfig, prompts: Sequence[str], store: ActorHandle, ap
             **whole,
         )
         .map_batches(
-            RewardStage, fn_constructor_args=(config, application), compute=pool(cluster.rewards.most), num_cpus=0.01, **whole
+            reward, fn_constructor_args=(config, application), compute=pool(cluster.rewards.most), num_cpus=0.01, **whole
         )
     )

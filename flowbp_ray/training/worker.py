@@ -8,7 +8,7 @@ import platform
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,14 @@ from flowbp_ray.training.watch import CollapseWatch, diversity
 if TYPE_CHECKING:
     from flowbp_ray.training.learner import Learner
 
+
+def learner_of(config: AlignConfig, rank: int) -> "Learner":
+    """A rank's learner."""
+    from flowbp_ray.training.learner import Learner
+
+    return Learner(config, rank)
+
+
 #: The chunks of the policy versions that may be asked for, as far as this worker published them.
 Published = dict[int, list[ObjectRef]]
 
@@ -46,6 +54,8 @@ class Job:
     tracker: ActorHandle
     rewards: str
     preview: list[tuple[str, int]]
+    #: Makes the learner of a rank.
+    learner: Callable[[AlignConfig, int], "Learner"] = learner_of
 
 
 def train_loop(job: Job) -> str | None:
@@ -55,15 +65,13 @@ def train_loop(job: Job) -> str | None:
     its own, or another step, or if the run's folder is not to be seen from here; FloatingPointError where too many steps in a
     row have no finite gradient.
     """
-    from flowbp_ray.training.learner import Learner
-
     config, rank = job.config, train.get_context().get_world_rank()
     if rank == 0 and not (job.folder / "config.yaml").exists():
         raise RuntimeError(
             f"the train worker on {platform.node()} cannot see {job.folder}, where its checkpoints would go: "
             "set output to a folder that all machines of the cluster share"
         )
-    learner = Learner(config, rank)
+    learner = job.learner(config, rank)
     published: Published = {}
     if (newest := train.get_checkpoint()) is None:
         publish(job, learner, published)
@@ -128,8 +136,11 @@ def train_loop(job: Job) -> str | None:
                 ray.get(logged)
             seconds["step"] = time.perf_counter() - began
             figures = dict(zip(names, sums.tolist(), strict=True))
-            seconds |= {stage: figures.pop(f"{stage}_seconds") for stage in ("loading", "sampling", "reward")}
-            metrics = {"policy_bytes": figures.pop("policy_bytes")} | {k: v / config.train.batch for k, v in figures.items()}
+            seconds |= {k.removesuffix("_seconds"): figures.pop(k) for k in list(figures) if k.endswith("_seconds")}
+            metrics = {"policy_bytes": figures.pop("policy_bytes")}
+            for stage in ("sampling", "reward"):
+                metrics[f"sample_bytes/{stage}"] = figures.pop(f"{stage}_bytes") / config.train.batch
+            metrics |= {k: v / config.train.batch for k, v in figures.items()}
             metrics |= {"grad_norm": norm} if math.isfinite(norm) else {}
             metrics |= {"policy_version": policy_version(config, step), "skipped_updates": progress.skipped}
             metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
@@ -160,7 +171,9 @@ def train_loop(job: Job) -> str | None:
 
 def totals(block: Block) -> tuple[list[str], Tensor]:
     """Names and sums over the samples of what is reported as a mean, and of the seconds."""
-    names = sorted(k for k in block if k.startswith(("reward/", "weight/")) or k == "objective" or k.endswith("_seconds"))
+    names = sorted(
+        k for k in block if k.startswith(("reward/", "weight/")) or k == "objective" or k.endswith(("_seconds", "_bytes"))
+    )
     return names, torch.tensor([float(np.sum(block[k], dtype=np.float64)) for k in names], dtype=torch.float64)
 
 

@@ -1,0 +1,117 @@
+"""What sampling costs beside the stock diffusers pipeline, for equal work and for what a method's plans need of it.
+
+The embedded default samples on the CPU; both give latents, so no decoder is measured. Runs are interleaved, and the ratio is the
+median of the pairs'.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+
+from flowbp_ray import backbones
+from flowbp_ray.backbones.backbone import Backbone
+from flowbp_ray.config.paths import MODELS
+from flowbp_ray.rollouts.rollout import roll_out
+from flowbp_ray.surrogate.methods import METHODS
+from flowbp_ray.surrogate.plan import Plan
+from flowbp_ray.training.study import PUBLISHED
+
+STEPS, SCALE, SIZE = 25, 3.0, 64
+PROMPTS = ("a red ring", "two blue squares", "a green star left of a red disc", "three yellow rings")
+DRAWS = 200  # plans of a method, whose mean is counted
+
+
+def measure(batch: int, repeats: int, told: Callable[[str], object]) -> list[dict[str, Any]]:
+    """Rows: the stock pipeline, the same work here with guidance's branches batched and apart, then each method's share of it."""
+    torch.set_num_threads(1)
+    backbone = backbones.load(MODELS["shapes"])
+    prompts, seeds = list(itertools.islice(itertools.cycle(PROMPTS), batch)), list(range(batch))
+    apart = type(backbone)(backbone.pipeline)
+    apart.batched_branches = False
+    ways: dict[str, Callable[[], Tensor]] = {
+        "stock diffusers pipeline": lambda: stock(backbone.pipeline, prompts, seeds),
+        "here, branches in one batch": lambda: own(backbone, prompts, seeds),
+        "here, one branch after the other": lambda: own(apart, prompts, seeds),
+    }
+    told(f"{batch} pictures of {STEPS} steps, {repeats} times in turn")
+    latents = {name: run() for name, run in ways.items()}  # and all is warm
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, run in ways.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    first = next(iter(ways))
+    rows: list[dict[str, Any]] = [
+        {
+            "way": name,
+            "seconds": statistics.median(seconds[name]),
+            "ratio": statistics.median(a / b for a, b in zip(seconds[name], seconds[first], strict=True)),
+            "difference": float((latents[name] - latents[first]).abs().max()),
+            "steps": float(STEPS),
+        }
+        for name in ways
+    ]
+    conditioning, negative = backbone.encode(prompts), backbone.encode([""])
+    noise = backbone.initial_latents([torch.Generator().manual_seed(s) for s in seeds], SIZE, SIZE)
+    sigmas = backbone.grid(STEPS, SIZE, SIZE)
+
+    def velocity(at: Tensor, sigma: Tensor) -> Tensor:
+        return backbone.velocity(at, sigma, conditioning, negative, SCALE)
+
+    for name, settings in PUBLISHED.items():
+        method = METHODS[name]
+        given = method.settings(**{k: v for k, v in settings.items() if k != "detach_negative"})
+        plans = [method.plan(given, sigmas, np.random.default_rng(n)) for n in range(DRAWS)]
+        needed = statistics.mean(map(evaluations, plans))
+        plan = min(plans, key=lambda p: abs(evaluations(p) - needed))
+        began = time.perf_counter()
+        roll_out(noise, sigmas, velocity, plan)
+        took = time.perf_counter() - began
+        row = {"way": f"as far as {name}'s plans need", "seconds": took, "ratio": took / rows[0]["seconds"]}
+        rows.append(row | {"difference": None, "steps": needed})
+    return rows
+
+
+def evaluations(plan: Plan) -> int:
+    """Steps that a rollout evaluates for a plan, its noised copies among them."""
+    return plan.last_index + (plan.last_index in plan.velocities_needed) + plan.copies
+
+
+@torch.no_grad()
+def stock(pipeline: StableDiffusion3Pipeline, prompts: list[str], seeds: list[int]) -> Tensor:
+    """The pipeline's own call, up to latents."""
+    pipeline.set_progress_bar_config(disable=True)
+    latents: Tensor = pipeline(
+        prompts,
+        generator=[torch.Generator().manual_seed(s) for s in seeds],
+        sigmas=np.linspace(1, 1 / STEPS, STEPS).tolist(),
+        num_inference_steps=STEPS,
+        guidance_scale=SCALE,
+        height=SIZE,
+        width=SIZE,
+        max_sequence_length=pipeline.tokenizer_3.model_max_length,
+        output_type="latent",
+    ).images
+    return latents
+
+
+def own(backbone: Backbone, prompts: list[str], seeds: list[int]) -> Tensor:
+    """The same here."""
+    return backbone.sample_latents(prompts, seeds, steps=STEPS, guidance_scale=SCALE, height=SIZE, width=SIZE)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """All rows as Markdown."""
+    lines = ["| | velocities | seconds | of the stock pipeline's | largest difference of latents |", "| --- |" + " ---: |" * 4]
+    for row in rows:
+        difference = "" if row["difference"] is None else f"{row['difference']:.1e}"
+        lines.append(f"| {row['way']} | {row['steps']:.1f} | {row['seconds']:.3f} | {row['ratio']:.3f} | {difference} |")
+    return "\n".join(lines)

@@ -1,0 +1,52 @@
+"""The reward application of a command, whatever becomes of it."""
+
+import time
+from pathlib import Path
+
+import pytest
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+
+from flowbp_ray.config import load
+from flowbp_ray.rollouts.stages import service
+from pipelines.causes import reason
+from pipelines.rewarding import rewarding
+
+SPARSE = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
+OWN = "rewards-of-a-test"
+
+
+def status():
+    there = serve.status().applications.get(OWN)
+    return there and there.status
+
+
+def wait_until(wanted):
+    until = time.monotonic() + 120
+    while status() not in wanted:
+        assert time.monotonic() < until, status()
+        time.sleep(0.05)
+
+
+def test_deleted_again_while_it_is_started_again_it_comes_back_and_is_gone_at_the_end(cluster, capsys):
+    config = load(SPARSE, ["cluster.reward_cpus=0.1"])
+    with rewarding(config, OWN) as name:
+        assert name == OWN
+        serve.delete(OWN)
+        wait_until({ApplicationStatus.DEPLOYING})
+        serve.delete(OWN)
+        wait_until({ApplicationStatus.RUNNING})
+        assert service(name).describe.remote().result(timeout_s=60)["components"].keys() == {"preference", "judge"}
+    assert status() is None
+    assert capsys.readouterr().err.count("is gone: starting it again") == 2
+
+
+def test_one_that_cannot_start_says_why(cluster):
+    config = load(SPARSE, ["cluster.reward_cpus=0.1"])
+    component = config.reward.components[0].model_copy(update={"path": "nobody/nothing"})
+    broken = config.model_copy(update={"reward": config.reward.model_copy(update={"components": (component,)})})
+    with pytest.raises(RuntimeError) as caught, rewarding(broken, OWN):
+        pass
+    assert "nobody/nothing" in str(caught.value)
+    assert len(reason(caught.value).splitlines()) == 1
+    assert status() is None
