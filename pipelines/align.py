@@ -3,6 +3,7 @@
     python -m pipelines.align configs/shapes/sparse.yaml
     python -m pipelines.align configs/shapes/sparse.yaml train.steps=20 sampling.guidance_scale=3
     python -m pipelines.align configs/flux1/sparse_adapter.yaml configs/placement/gpu80.yaml prompts.path=prompts.txt …
+    python -m pipelines.align configs/shapes/sparse.yaml --plan
     ray job submit --working-dir . -- python -m pipelines.align configs/shapes/sparse.yaml
 
 Further YAML files change the first one. Any setting can be given as section.setting=value; the last one wins.
@@ -23,6 +24,7 @@ from flowbp_ray.config import AlignConfig, ConfigError, dump, load, paths
 from flowbp_ray.config.models import check_models
 from flowbp_ray.tracking.store import check_server, masked, tracking_uri
 from pipelines import files_and_overrides, refuse, runs
+from pipelines.waits import advice, waits
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -35,7 +37,11 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run of this folder, whatever its state")
     which.add_argument("--new", action="store_true", help="start a new run, though there is an unfinished one that could go on")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, and start nothing")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, and start nothing")
+    only.add_argument(
+        "--plan", action="store_true", help="profile each stage here, and say what a run would wait for and what processes suit"
+    )
     args = parser.parse_intermixed_args(given)
     args.more, args.overrides = files_and_overrides(args.changes)
     return args
@@ -50,6 +56,9 @@ def main() -> None:
             print(plan)
             if (folder / runs.BEGAN).exists():
                 print(f"It would go on with {folder}; {latest_checkpoint(config, folder)}")
+            return
+        if args.plan:
+            plan_placement(config)
             return
         check_server(config.tracking.uri)
         from pipelines.alignment import align
@@ -89,12 +98,23 @@ def main() -> None:
     print((outcome.folder / "table.md").read_text(encoding="utf-8"))
     for name, note in outcome.notes.items():
         print(f"{name:<9} {note}")
+    if waited := waits(outcome.seconds):
+        print(f"waited    {advice(config, waited)}")
     loader = "pipe.load_lora_weights" if config.adapter else "DiffusionPipeline.from_pretrained"
     print(f"{outcome.exported.name:<9} {outcome.exported}   ({loader} takes it)")
     if (outcome.folder / "before_after.png").exists():
         print(f"pictures  {outcome.folder / 'before_after.png'}")
     command = outcome.info["command"].removeprefix(f"{Path.cwd()}/")
     print(f"curves    {outcome.info['page']}" + (f"   after: {command}" if command else ""))
+
+
+def plan_placement(config: AlignConfig) -> None:
+    """Print what `pipelines.placement` finds."""
+    from pipelines import placement, quiet_libraries
+
+    quiet_libraries()
+    figures = placement.profile(config, lambda text: print(text, file=sys.stderr))
+    print(placement.report(config, figures, placement.predicted(config, figures, placement.shared_cores(config))))
 
 
 def checked(args: argparse.Namespace) -> tuple[AlignConfig, str, Path, str | None]:

@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from flowbp_ray.config import ConfigError
 from pipelines import refuse
 
 STEPS = 25  # of the published samplers
@@ -91,7 +92,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         command.add_argument(
             "--mlflow", nargs="?", const="", metavar="URI", help="keep the result in MLflow too (default: where alignments are)"
         )
-    args = parser.parse_intermixed_args(given) if given and "pipeline" in given else parser.parse_args(given)
+    args = parser.parse_args(given)
     for name, value in vars(args).items():
         numbers = value if isinstance(value, list) else [value]
         if name == "caps" and min(numbers) <= 0:
@@ -106,7 +107,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 
 def results(args: argparse.Namespace) -> Iterator[Result]:
-    """What a command finds. ValueError for bad input."""
+    """What a command finds. ConfigError or ValueError for bad input."""
 
     def told(text: str) -> None:
         print(text, file=sys.stderr)
@@ -164,20 +165,26 @@ def counted(args: argparse.Namespace) -> Iterator[Result]:
 
 def keep(uri: str, command: str, given: dict[str, Any], found: list[Result]) -> str:
     """Log the tables, the figures and, of each row, its numbers by its position as the step; where that is."""
-    from flowbp_ray.tracking.run import TrackedRun
+    from mlflow import MlflowClient
+
+    from flowbp_ray.tracking.run import CHECKOUT, TrackedRun, code_version
     from flowbp_ray.tracking.store import tracking_uri
 
-    run = TrackedRun(
-        tracking_uri(uri or None), "flowbp_ray benchmarks", f"{command} {time.strftime('%Y-%m-%d %H:%M')}", config=given
-    )
+    store = tracking_uri(uri or None)
+    run = TrackedRun.new(store, "flowbp_ray benchmarks", f"{command} {time.strftime('%Y-%m-%d %H:%M')}")
+    client = MlflowClient(store)
+    for key, value in given.items():
+        client.log_param(run.run_id, key, value)
+    for key, value in code_version(CHECKOUT).items():
+        client.set_tag(run.run_id, key, value)
     for number, (text, figures) in enumerate(found):
         run.text(text, f"{number}.md")
         run.text(json.dumps(figures), f"{number}.json")
         rows = figures if isinstance(figures, list) else figures.get("rows", [figures])
         for step, row in enumerate(rows):
-            numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-            if numbers:
-                run.metrics({f"{number}/{k}": v for k, v in numbers.items()}, step)
+            for key, value in row.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    client.log_metric(run.run_id, f"{number}/{key}", value, step=step)
     run.finish("FINISHED")
     return run.info()["page"]
 
@@ -194,7 +201,7 @@ def main(given: list[str] | None = None) -> None:
             print(f"{text}\n")
             print(json.dumps(figures), end="\n\n")
             found.append((text, figures))
-    except (ValueError, OSError) as error:
+    except (ConfigError, ValueError, OSError) as error:
         refuse(error)
     if args.mlflow is not None:
         print(f"kept in {keep(args.mlflow, args.command, {k: v for k, v in vars(args).items() if k != 'mlflow'}, found)}")

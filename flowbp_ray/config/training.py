@@ -8,6 +8,7 @@ from flowbp_ray.config import paths
 from flowbp_ray.config.evaluators import GenEval, UnifiedReward
 from flowbp_ray.config.reward import Replicas
 from flowbp_ray.config.section import Decay, Section, Text
+from flowbp_ray.rollouts.wire import WireDtype
 from flowbp_ray.tracking.store import tracking_uri
 
 Betas = Annotated[tuple[Decay, Decay], Strict(False)]  # YAML has lists and no tuples
@@ -67,6 +68,8 @@ class Train(Section):
     """Decay per step of the averaged weights; 0 makes them the raw ones."""
     policy_lag: Literal[0, 1] = 0
     """How many versions behind the policy that samples is, exactly: 1 overlaps sampling with training."""
+    wire_dtype: WireDtype = "float32"
+    """What latents and the rewards' gradients are on their way in: bfloat16 halves their bytes and rounds them."""
     velocity_penalty: NonNegativeFloat = 0.0
     """Factor on the mean squared distance to the base model's velocity, averaged over the active steps; with an adapter only."""
     seed: NonNegativeInt = 0

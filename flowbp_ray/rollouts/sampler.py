@@ -12,6 +12,7 @@ from flowbp_ray.randomness import prompt_indices, seed_of
 from flowbp_ray.rollouts.batches import Block, Chunk, MicroBatch
 from flowbp_ray.rollouts.plans import grid_of, plan_of
 from flowbp_ray.rollouts.rollout import roll_out
+from flowbp_ray.rollouts.wire import narrow
 from flowbp_ray.surrogate.inputs import noised_copies, reward_inputs, sample_weights
 from flowbp_ray.training.adapter import merge, plain_weights, trainable
 from flowbp_ray.training.weights import load_chunk
@@ -61,12 +62,16 @@ class Sampler:
             "version": np.full(number, batch.version),
             "sample": np.array(batch.samples),
             "prompt": np.array(prompts, dtype=object),
-            "latents": torch.stack(active, 1).cpu().numpy(),  # (B, active, C, h, w): what each active velocity is evaluated at
-            "inputs": torch.stack(inputs, 1).cpu().numpy(),  # (B, reward inputs, C, h, w)
+            "latents": self.sent(active),  # (B, active, C, h, w): what each active velocity is evaluated at
+            "inputs": self.sent(inputs),  # (B, reward inputs, C, h, w)
             "weight": weights.cpu().numpy(),
             "loading_seconds": np.full(number, loading / number),
             "sampling_seconds": np.full(number, (time.perf_counter() - began) / number),
         }
+
+    def sent(self, tensors: list[Tensor]) -> np.ndarray:
+        """Tensors ``(B, …)`` as they travel, ``(B, number, …)``."""
+        return narrow(torch.stack(tensors, 1).cpu().numpy(), self.config.train.wire_dtype)
 
     def noise(self, batch: MicroBatch, purpose: str) -> Tensor:
         """Standard normal latents ``(B, C, h, w)``, a function of seed, step, sample and purpose."""

@@ -15,6 +15,7 @@ from flowbp_ray.backbones.backbone import DTYPES
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.batches import Block, Chunk, policy_version
 from flowbp_ray.rollouts.plans import grid_of, plan_of
+from flowbp_ray.rollouts.wire import widen
 from flowbp_ray.surrogate.plan import Plan
 from flowbp_ray.training import adapter, checkpoints, full
 from flowbp_ray.training.checkpoints import Policies, Progress
@@ -215,4 +216,4 @@ class Learner:
         return state
 
     def _tensor(self, block: Block, column: str) -> Tensor:
-        return torch.tensor(block[column], device=self.backbone.device)
+        return torch.tensor(widen(block[column]), device=self.backbone.device)

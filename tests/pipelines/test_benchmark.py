@@ -1,6 +1,7 @@
 """Updates at full size, on tiny models: gradients, bytes on the meta device beside those of real tensors, and the sentences."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from mlflow import MlflowClient
 from torch import nn
 
 from flowbp_ray.backbones import published
@@ -107,6 +109,11 @@ def test_running_out_of_memory_is_a_row(monkeypatch):
         ("update --model sd35 --random-weights --active 2 26", "--active 26: the sampler has 25 steps"),
         ("update --model sd35 --random-weights --height 60", "pictures of 60×512 pixels: this model makes sizes"),
         ("fits --caps 24 -1", "--caps -1: a GPU has more than 0 GB"),
+        ("wire --model sd36", "--model sd36: the published configurations are sd35, flux1, flux2"),
+        ("rollout --repeats 0", "--repeats 0: at least 1 is needed"),
+        ("scale --factor 0", "--factor 0: it has to be more than 0"),
+        ("scale --samplers 4 0", "--samplers 0: at least 1 is needed"),
+        ("pipeline train.stepz=1 --steps 1", "train.stepz"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(given, sentence, capsys):
@@ -115,6 +122,35 @@ def test_bad_input_ends_in_one_sentence(given, sentence, capsys):
     said = str(stopped.value.code) if isinstance(stopped.value.code, str) else capsys.readouterr().err.splitlines()[-1]
     assert sentence in said
     assert "\n" not in said
+
+
+def test_sampling_here_is_the_stock_pipelines(capsys):
+    benchmark.main(["rollout", "--batch", "2", "--repeats", "1"])
+    rows = json.loads(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("[")))
+    assert [row["way"] for row in rows[:3]] == [
+        "stock diffusers pipeline", "here, branches in one batch", "here, one branch after the other"
+    ]  # fmt: skip
+    assert rows[1]["difference"] <= 1e-5
+    assert rows[2]["difference"] <= 1e-4
+    steps = {row["way"].split("'")[0].removeprefix("as far as "): row["steps"] for row in rows[3:]}
+    assert steps["sparse"] == 25  # the finished latent
+    assert steps["refl"] < 25
+
+
+def test_what_is_on_the_wire_and_an_mlflow_run_of_it(tmp_path, capsys):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    benchmark.main(["wire", "--model", "sd35", "--mlflow", uri])
+    said = capsys.readouterr().out
+    rows = json.loads(next(line for line in said.splitlines() if line.startswith("[")))
+    sparse = next(row for row in rows if (row["pixels"], row["method"]) == (512, "sparse"))
+    latent = 4 * math.prod(published.PUBLISHED["sd35"].backbone("meta", torch.bfloat16).latent_shape(512, 512))
+    assert sparse["bytes"] == latent * sparse["latents"]
+    assert sparse["of_trajectory"] == sparse["latents"] / 27
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("flowbp_ray benchmarks").experiment_id])
+    assert run.info.run_id in said
+    assert len(client.get_metric_history(run.info.run_id, "0/bytes")) == len(rows)
+    assert {f.path for f in client.list_artifacts(run.info.run_id)} >= {"0.md", "0.json"}
 
 
 ALONE = """

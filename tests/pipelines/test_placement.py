@@ -1,0 +1,43 @@
+"""What `align --plan` predicts, by hand, and one real profile."""
+
+import subprocess
+import sys
+
+import pytest
+
+from flowbp_ray.config import load
+from pipelines.machines import SPARSE
+from pipelines.placement import predicted, report
+
+FIGURES = {"sampling": 4.0, "reward": 0.5, "update": 1.0, "publishing": 0.0, "loading": 0.0, "sample_bytes": 1e6}
+CONFIG = load(SPARSE, ["train.batch=32", "train.micro_batch=4", "cluster.samplers=2", "train.workers=1"])
+
+
+def test_the_bottleneck_and_the_pools_that_do_not_wait():
+    found = predicted(CONFIG, FIGURES, None)
+    assert found["stages"] == {"samplers": 16.0, "rewards": 4.0, "train workers": 8.0}
+    assert found["bottleneck"] == "samplers"
+    assert found["step"] == {0: 16 + 0.5 + 1 + 1, 1: 16.0}  # the last two are sampled at once, and then take turns
+    assert found["pools"] == {"cluster.samplers": 4, "cluster.reward_replicas": 1, "train.workers": 1}
+    said = report(CONFIG, FIGURES, found)
+    assert "| samplers | 4.000 | 2 | 16.00 |" in said
+    assert "the bottleneck: samplers (cluster.samplers)." in said
+    assert "cluster.samplers=4 cluster.reward_replicas=1 train.workers=1, which reserves 7 CPUs." in said
+
+
+def test_cores_that_all_share_are_a_bound_too():
+    found = predicted(CONFIG, FIGURES, 2)
+    assert found["stages"]["cores of this machine"] == pytest.approx(8 * 5.5 / 2)
+    assert found["bottleneck"] == "cores of this machine"
+    assert found["step"][1] == pytest.approx(22)
+    assert "| cores of this machine |  |  | 22.00 |" in report(CONFIG, FIGURES, found)
+
+
+def test_the_command_profiles_and_starts_nothing(tmp_path):
+    small = ["train.batch=2", "train.micro_batch=1", "sampling.steps=4", "surrogate.active_steps=2"]
+    given = [str(SPARSE), "--plan", *small, f"output={tmp_path}/runs", f"tracking.uri=sqlite:///{tmp_path}/m.db"]
+    done = subprocess.run([sys.executable, "-m", "pipelines.align", *given], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "| train workers | 0." in done.stdout
+    assert "which reserves" in done.stdout
+    assert not list(tmp_path.iterdir())
