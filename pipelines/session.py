@@ -25,6 +25,16 @@ from pipelines import runs
 from pipelines.causes import clean_up
 from pipelines.rewarding import rewarding
 
+#: Of a cluster's processes. What Ray keeps of finished tasks, in case that what they made is lost, may be a gigabyte in each process
+#: that gives tasks, and 100,000 tasks in its GCS: a run's memory would grow for days. What is under way here are dozens of tasks.
+RECORDS = {"RAY_max_lineage_bytes": str(8 * 2**20), "RAY_task_events_max_num_task_in_gcs": "1000"}
+
+
+def keep_few_records() -> None:
+    """Have a cluster that this process starts keep little of finished tasks, unless its environment says otherwise."""
+    for name, value in RECORDS.items():
+        os.environ.setdefault(name, value)
+
 
 def connect(config: AlignConfig) -> None:
     """Join the cluster of RAY_ADDRESS (every Ray job has it), else start one here. ConfigError if it is too small."""
@@ -36,6 +46,7 @@ def connect(config: AlignConfig) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(runtime_env=quiet, log_to_driver=False, logging_level="error")
     else:
+        keep_few_records()
         # Logical CPUs: on a laptop the processes take turns. One more than is there would be waited for, for ever.
         cpus = max(os.cpu_count() or 1, math.ceil(config.reserved()["CPU"]))
         ray.init(
