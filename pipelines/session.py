@@ -25,8 +25,8 @@ from pipelines import runs
 from pipelines.causes import clean_up
 from pipelines.rewarding import rewarding
 
-#: Of a cluster's processes. What Ray keeps of finished tasks, in case that what they made is lost, may be a gigabyte in each process
-#: that gives tasks, and 100,000 tasks in its GCS: a run's memory would grow for days. What is under way here are dozens of tasks.
+#: Of a cluster's processes. What Ray keeps of finished tasks, in case that what they made is lost, may be a gigabyte in each
+#: process that gives tasks, and 100,000 tasks in its GCS: a run's memory would grow for days. Under way here are dozens of tasks.
 RECORDS = {"RAY_max_lineage_bytes": str(8 * 2**20), "RAY_task_events_max_num_task_in_gcs": "1000"}
 
 
