@@ -17,6 +17,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import yaml
+
 from flowbp_ray.config import AlignConfig, ConfigError, load
 from flowbp_ray.rollouts.prompts import pictured
 from flowbp_ray.tracking.store import masked, tracking_uri
@@ -115,8 +117,11 @@ def contest(
         raise ConfigError(f"{champion} is the {args.alias} already")
     theirs = registry.find(uri, champion)
     file, adapter = theirs.fetch(folder_in(scratch, "champion"))
-    if (base := load(file, []).model.path) != config.model.path:
-        raise ConfigError(f"the {args.alias}, {champion}, is an adapter of {base}, and {args.version} of {config.model.path}")
+    its = yaml.safe_load(file.read_text("utf-8"))["model"]  # all else of it may be gone by now, such as its prompts
+    base, ours_of = ((m["path"], m["revision"]) for m in (its, config.model.model_dump()))
+    if base != ours_of:
+        said = [path if revision is None else f"{path} at {revision}" for path, revision in (base, ours_of)]
+        raise ConfigError(f"the {args.alias}, {champion}, is an adapter of {said[0]}, and {args.version} of {said[1]}")
     assert theirs.version is not None
     return config, candidate, theirs.version, (Side(f"version {theirs.version.version}", adapter), ours)
 

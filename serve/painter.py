@@ -6,6 +6,7 @@ step that nothing else comes into, nor the loading and dropping of adapters.
 
 import asyncio
 import itertools
+import platform
 import shutil
 import tempfile
 import threading
@@ -175,6 +176,10 @@ class Painter:
                 if not before == state_of(source) == state:
                     raise ReplacedError(label(name))
             except FileNotFoundError as error:
+                if not Path(folder).parent.is_dir():
+                    raise ValueError(
+                        f"the machine {platform.node()} cannot see the adapters' folder: name one that all machines share"
+                    ) from error
                 raise ReplacedError(label(name)) from error
             found = Path(place.name)
         else:

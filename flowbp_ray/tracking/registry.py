@@ -52,11 +52,16 @@ class Exported:
         return registered_name(self.config)
 
     def checksum(self) -> str:
-        """SHA-256 of the adapter, or of what was trained of a pipeline, its transformer."""
-        if (self.folder / EXPORT_FILE).exists():
-            return digest(self.folder / EXPORT_FILE)
-        files = sorted((self.folder / "transformer").glob("*.safetensors"))
-        return hashlib.sha256("".join(map(digest, files)).encode()).hexdigest()
+        """As `checksum_of`."""
+        return checksum_of(self.folder)
+
+
+def checksum_of(folder: Path) -> str:
+    """SHA-256 of the adapter in a folder, or of what was trained of a pipeline, its transformer."""
+    if (folder / EXPORT_FILE).exists():
+        return digest(folder / EXPORT_FILE)
+    files = sorted((folder / "transformer").glob("*.safetensors"))
+    return hashlib.sha256("".join(map(digest, files)).encode()).hexdigest()
 
 
 def registered_name(config: AlignConfig) -> str:
@@ -143,21 +148,17 @@ def _adapter(client: MlflowClient, uri: str, run_id: str, exported: Exported, fi
 
 def _whole(client: MlflowClient, uri: str, run_id: str, exported: Exported, files: Path, tags: dict[str, str]) -> str:
     """A version that says where a pipeline is: gigabytes stay where they are."""
-    reference = {"path": str(exported.folder), "files": sizes(exported.folder)}
+    reference = {"path": str(exported.folder), "steps": exported.version, CHECKSUM: tags[CHECKSUM]}
     (files / REFERENCE).write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
-    client.log_artifacts(run_id, str(files), "reference")
+    place = f"reference/{tags[CHECKSUM][:16]}"  # a run that goes on writes its model to the same folder
+    client.log_artifacts(run_id, str(files), place)
     try:
         client.create_registered_model(exported.name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    source = f"{client.get_run(run_id).info.artifact_uri}/reference"
+    source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
     return str(client.create_model_version(exported.name, source, run_id, tags=tags).version)
-
-
-def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of all files under a folder, by their paths in it."""
-    return {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,8 @@ def find(uri: str, what: str) -> Found:
         if found := [*got.rglob(EXPORT_FILE)]:
             return config, found[0].parent
         if found := [*got.rglob(REFERENCE)]:
-            return config, whole(what, json.loads(found[0].read_text("utf-8")))
+            references = [json.loads(f.read_text("utf-8")) for f in found]
+            return config, whole(what, max(references, key=lambda r: r["steps"]))
         raise ConfigError(f"{what} has neither an adapter ({EXPORT_FILE}) nor a reference to a whole model ({REFERENCE})")
 
     return Found(run_id, version, fetch)
@@ -204,8 +206,10 @@ def find(uri: str, what: str) -> Found:
 def whole(what: str, reference: dict[str, Any]) -> Path:
     """The folder of a whole model; ConfigError if it is not there any more, or another one."""
     folder = Path(reference["path"])
-    if not folder.is_dir() or sizes(folder) != reference["files"]:
-        raise ConfigError(f"{what} is the whole model in {folder}, which is gone, or has other files than when it was registered")
+    if not folder.is_dir() or checksum_of(folder) != reference[CHECKSUM]:
+        raise ConfigError(
+            f"{what} is the whole model in {folder}, which is gone, or has other weights than when it was registered"
+        )
     return folder
 
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 #: In a run's folder: its MLflow run, all metrics, one JSON object a line, and the pictures of the fixed prompts by version.
 RUN_FILE, METRICS, PREVIEWS, WARNINGS = "mlflow_run.json", "metrics.jsonl", "previews", "warnings.txt"
 
+#: Beside these pictures, of whose names a file system may not take everything.
+PROMPTS = "prompts.json"
+
 GONE = "RESOURCE_DOES_NOT_EXIST"  # a run that was deleted never takes anything
 AGAIN = 30.0  # seconds until a server that did not answer is asked again
 AT_THE_END = 60.0  # seconds that the end of a run waits for it
@@ -120,6 +123,7 @@ class Tracker:
         unfinished.mkdir(parents=True)
         for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
             Image.fromarray(picture).save(unfinished / f"{number:02d} {re.sub(r'[^A-Za-z0-9 _-]', '', prompt)[:60].strip()}.png")
+        (unfinished / PROMPTS).write_text(json.dumps(prompts), encoding="utf-8")
         unfinished.replace(final)
         self._show(version)
         self._send()
@@ -203,7 +207,7 @@ class Tracker:
         return sorted(int(f.name) for f in (self.folder / PREVIEWS).glob("[0-9]*"))
 
     def _pictures(self, version: int) -> list[tuple[str, np.ndarray]]:
-        return [(f.stem, np.asarray(Image.open(f))) for f in sorted(self._previews(version).iterdir())]
+        return [(f.stem, np.asarray(Image.open(f))) for f in sorted(self._previews(version).glob("*.png"))]
 
     def _show(self, version: int) -> None:
         for name, picture in self._pictures(version):

@@ -1,5 +1,6 @@
 """What finished runs have left for people to look at: pictures along the training, the table, what was judged."""
 
+import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ import yaml
 from pyarrow import parquet
 
 from flowbp_ray.rollouts.stages import picture_file
-from flowbp_ray.tracking.tracker import PREVIEWS
+from flowbp_ray.tracking.tracker import PREVIEWS, PROMPTS
 from pipelines.report import rendered
 from pipelines.runs import BEGAN, CONFIG
 
@@ -55,7 +56,12 @@ class Run:
     def prompts(self) -> list[tuple[str, str]]:
         """The fixed prompts, and their pictures' file names, which are the same after any number of steps."""
         first = self.folder / PREVIEWS / f"{self.versions[0]:06d}"
-        return [(f.stem.partition(" ")[2], f.name) for f in sorted(first.glob("*.png"))]
+        files = sorted(first.glob("*.png"))
+        if (first / PROMPTS).exists():
+            texts = json.loads((first / PROMPTS).read_text("utf-8"))
+        else:  # of an earlier version of this package
+            texts = [f.stem.partition(" ")[2] for f in files]
+        return [(text, f.name) for text, f in zip(texts, files, strict=True)]
 
     def frame(self, version: int, name: str) -> str:
         """A picture's path within the run."""

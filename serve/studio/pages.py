@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 COOKIE = "flowbp_studio"
+BASE = "base:"  # of choices: stands before the base's name
 STATIC = {"studio.css": "text/css", "studio.js": "text/javascript"}
 #: Nothing is fetched from any other host, and no script runs that is not the studio's own.
 POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
@@ -158,8 +159,8 @@ async def picture(request: Request, front: Visited) -> dict[str, Any]:
             scores = await wait(front.waiting, judged, application, drawn, wish.prompt)
         except KeyError as error:
             raise HTTPException(503, f"the application {application!r}, which scores, is not there: deploy it") from error
-        except asking.GivenUpError as error:
-            raise HTTPException(503, str(error)) from error
+        except (asking.GivenUpError, ValueError) as error:  # of a reward of one's own, too
+            raise HTTPException(503, f"the pictures are there, but not their scores: {error}") from error
     image = base64.b64encode(await asyncio.to_thread(file_of, drawn)).decode()
     return {"image": f"data:image/png;base64,{image}", "scores": scores}
 
@@ -235,7 +236,8 @@ async def new_pair(request: Request, front: Visited) -> dict[str, str]:
     draws = random.SystemRandom()
     draws.shuffle(names)
     prompt = draws.choice(await asyncio.to_thread(front.settings.studio.texts))
-    pair = Pair(secrets.token_urlsafe(12), prompt, draws.randrange(SEEDS), *names)
+    named = [name or f"{BASE}{front.settings.base}" for name in names]  # the file may have another base's choices too
+    pair = Pair(secrets.token_urlsafe(12), prompt, draws.randrange(SEEDS), *named)
     await asyncio.to_thread(lambda: votes(front).show(pair))
     return {"id": pair.id, "prompt": prompt}
 
@@ -247,6 +249,7 @@ async def half(front: Visited, number: str, side: Literal["left", "right"]) -> R
     if pair is None:
         raise HTTPException(404, "there is no such pair")
     by = pair.left if side == "left" else pair.right
+    by = "" if by.startswith(BASE) else by
     try:
         (drawn,) = await front.draw(by, [wished(front, pair.prompt, pair.seed)])
     except (HTTPException, ReplacedError) as error:  # which would say by whom it was to be
@@ -270,10 +273,14 @@ async def choose(request: Request, front: Visited, number: str) -> dict[str, boo
     return {"noted": True}
 
 
+def shown(name: str) -> str:
+    """What people are told of a name in the file of choices."""
+    return label(name.removeprefix(BASE))
+
+
 @router.get("/results")
 async def results(request: Request, front: Visited) -> Response:
     """What the choices add up to."""
     standings = await asyncio.to_thread(lambda: votes(front).standings())
-    name = front.settings.base
-    named = [s._replace(model=label(s.model) or name, other=label(s.other) or name) for s in standings]
+    named = [s._replace(model=shown(s.model), other=shown(s.other)) for s in standings]
     return page(request, "results", standings=named)

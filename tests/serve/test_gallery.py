@@ -52,6 +52,15 @@ def test_runs_with_pictures_are_shown(folder):
     assert "<th scope=row>mean</th><td>41</td>" in run.table
 
 
+def test_prompts_are_as_they_were_given_whatever_file_names_take(folder):
+    (run,) = runs(folder)
+    given = ["红色的圆环", "two blue squares, and then: " + "more " * 30]
+    (run.folder / "previews" / "000000" / "prompts.json").write_text(json.dumps(given))
+    (run,) = runs(folder)
+    assert [prompt for prompt, _ in run.prompts] == given
+    assert run.prompts[0][1] == "00 a red ring.png"
+
+
 def test_some_pictures_of_each_task_are_shown_by_base_and_aligned_model(folder):
     (run,) = runs(folder)
     shown = run.judged()

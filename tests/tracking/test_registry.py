@@ -122,6 +122,11 @@ def test_a_version_and_an_alias_and_a_run_are_found_again(store, run, exported, 
             registry.find(store, wrong)
 
 
+def under(exported, name):
+    tracking = exported.config.tracking.model_copy(update={"registered_model": name})
+    return replace(exported, config=exported.config.model_copy(update={"tracking": tracking}))
+
+
 def test_of_a_whole_model_there_is_a_reference(store, run, exported, tiny_pipeline, tmp_path):
     tracked, config = run
     whole = replace(exported, folder=tiny_pipeline, config=config.model_copy(update={"adapter": None}))
@@ -132,16 +137,21 @@ def test_of_a_whole_model_there_is_a_reference(store, run, exported, tiny_pipeli
     got = Path(mlflow.artifacts.download_artifacts(client.get_model_version_download_uri(name, version), tracking_uri=store))
     reference = json.loads((got / "reference.json").read_text())
     assert reference["path"] == str(tiny_pipeline)
-    size = (tiny_pipeline / "model_index.json").stat().st_size
-    assert reference["files"]["model_index.json"] == size
+    assert reference["steps"] == whole.version
     for what in (uri, tracked.run_id):
         assert registry.find(store, what).fetch(tmp_path)[1] == tiny_pipeline
-    broken = replace(whole, folder=tmp_path / "broken")
-    shutil.copytree(tiny_pipeline, broken.folder)
-    (weights,) = (broken.folder / "transformer").glob("*.safetensors")
+
+    # The run goes on, and writes its model to where it was: weights of the same size.
+    more = replace(whole, folder=tmp_path / "model", version=9)
+    shutil.copytree(tiny_pipeline, more.folder)
+    (weights,) = (more.folder / "transformer").glob("*.safetensors")
+    whole = replace(whole, folder=more.folder, version=8)
+    first = registry.register(store, tracked.run_id, under(whole, "another"))
     weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
-    other = registry.register(store, tracked.run_id, broken)
-    assert other != uri
-    (broken.folder / "model_index.json").write_text("{}")
-    with pytest.raises(ConfigError, match=f"is the whole model in {broken.folder}, which is gone, or has other files than"):
-        registry.find(store, other).fetch(tmp_path)
+    other = registry.register(store, tracked.run_id, more)
+    assert other not in {uri, first}
+    for number, what in enumerate((other, tracked.run_id)):
+        (tmp_path / str(number)).mkdir()
+        assert registry.find(store, what).fetch(tmp_path / str(number))[1] == more.folder
+    with pytest.raises(ConfigError, match=f"is the whole model in {more.folder}, which is gone, or has other weights than"):
+        registry.find(store, first).fetch(tmp_path)

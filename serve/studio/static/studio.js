@@ -4,14 +4,15 @@
 const root = document.body.dataset.root;
 const by = (id) => document.getElementById(id);
 
-async function ask(path, body) {
+async function ask(path, body, signal) {
   const answer = await fetch(root + path, {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify(body),
+    signal,
   });
   if (answer.redirected) location.assign(`${root}/login`);
-  const said = await answer.json();
+  const said = await answer.json().catch(() => ({ detail: `The service answers ${answer.status}: ask again, or see its log.` }));
   if (!answer.ok) throw new Error(said.error ? said.error.message : JSON.stringify(said.detail));
   return said;
 }
@@ -24,10 +25,10 @@ function element(name, properties = {}, ...children) {
 
 function comparing(form) {
   const status = by("status"), pictures = by("pictures");
-  let latest = 0;
+  let latest = new AbortController(), settling = 0;
 
   async function fill(figure, wish, mine) {
-    const made = await ask("/pictures", wish);
+    const made = await ask("/pictures", wish, mine.signal);
     if (mine !== latest) return; // of an earlier strength, and later than the newer one's
     const image = figure.querySelector("img");
     image.src = made.image;
@@ -40,7 +41,8 @@ function comparing(form) {
   }
 
   async function draw(again) {
-    const mine = ++latest, data = new FormData(form);
+    latest.abort(); // nobody waits for those any more
+    const mine = latest = new AbortController(), data = new FormData(form);
     const prompt = data.get("prompt"), strength = Number(data.get("strength"));
     const models = data.getAll("model"), first = Number(data.get("seed"));
     if (!models.length) return void (status.textContent = "Choose a model.");
@@ -60,22 +62,31 @@ function comparing(form) {
       }
     }
     const figures = [...pictures.querySelectorAll("figure")];
-    for (const figure of figures) figure.querySelector("img").removeAttribute("src");
-    let done = 0;
-    status.textContent = `Sampling ${figures.length} pictures …`;
-    try {
-      await Promise.all(figures.map(async (figure) => {
-        await fill(figure, { strength, ...figure.wish }, mine);
-        if (mine === latest) status.textContent = `${++done} of ${figures.length} pictures`;
-      }));
-    } catch (error) {
-      if (mine === latest) status.textContent = error.message;
+    for (const figure of figures) {
+      figure.querySelector("img").removeAttribute("src");
+      figure.querySelector("dl").replaceChildren();
+      figure.querySelector("a").hidden = true;
     }
+    let done = 0;
+    const failed = new Set();
+    status.textContent = `Sampling ${figures.length} pictures …`;
+    await Promise.all(figures.map(async (figure) => {
+      try {
+        await fill(figure, { strength, ...figure.wish }, mine);
+        done += 1;
+      } catch (error) {
+        failed.add(error.message);
+      }
+      if (mine === latest) status.textContent = [`${done} of ${figures.length} pictures`, ...failed].join(". ");
+    }));
   }
 
   form.addEventListener("submit", (event) => { event.preventDefault(); draw(false); });
   by("strength").addEventListener("input", (event) => { by("amount").value = event.target.value; });
-  by("strength").addEventListener("change", () => { if (pictures.childElementCount) draw(true); });
+  by("strength").addEventListener("change", () => { // each key press is one
+    clearTimeout(settling);
+    settling = setTimeout(() => { if (pictures.childElementCount) draw(true); }, 300);
+  });
 }
 
 function sliding(slider) {
@@ -96,13 +107,15 @@ function sliding(slider) {
 
 function choosing(form) {
   const status = by("status"), section = by("pair"), buttons = [...section.querySelectorAll("button")];
-  let pair = null, chosen = 0;
+  let pair = null, chosen = 0, latest = 0;
 
   async function next() {
+    const mine = ++latest;
     buttons.forEach((button) => { button.disabled = true; });
     pair = null;
     try {
       const made = await ask("/pairs", Object.fromEntries(new FormData(form)));
+      if (mine !== latest) return; // begun again meanwhile
       by("asked").textContent = made.prompt;
       section.hidden = false;
       await Promise.all(["left", "right"].map((side) => new Promise((resolve, reject) => {
@@ -110,11 +123,12 @@ function choosing(form) {
         by(side).onerror = () => reject(new Error("A picture could not be made."));
         by(side).src = `${root}/pairs/${made.id}/${side}.png`;
       })));
+      if (mine !== latest) return;
       pair = made.id;
       buttons.forEach((button) => { button.disabled = false; });
-      status.textContent = chosen ? `${chosen} chosen` : "The arrow keys choose too.";
+      status.textContent = chosen ? `${chosen} chosen` : "The keys ←, → and = choose too.";
     } catch (error) {
-      status.textContent = error.message;
+      if (mine === latest) status.textContent = error.message;
     }
   }
 
@@ -134,7 +148,7 @@ function choosing(form) {
   form.addEventListener("submit", (event) => { event.preventDefault(); next(); });
   buttons.forEach((button) => button.addEventListener("click", () => choose(button.dataset.choice)));
   document.addEventListener("keydown", (event) => {
-    const choice = { ArrowLeft: "left", ArrowRight: "right", ArrowDown: "same" }[event.key];
+    const choice = { ArrowLeft: "left", ArrowRight: "right", "=": "same" }[event.key];
     if (event.repeat || event.altKey || event.ctrlKey || event.metaKey) return;
     if (choice && pair && !["SELECT", "INPUT"].includes(document.activeElement.tagName)) {
       event.preventDefault();
