@@ -113,7 +113,10 @@ def plan_placement(config: AlignConfig) -> None:
     from pipelines import placement, quiet_libraries
 
     quiet_libraries()
-    figures = placement.profile(config, lambda text: print(text, file=sys.stderr))
+    try:
+        figures = placement.profile(config, lambda text: print(text, file=sys.stderr))
+    except Exception as error:  # of models and libraries: the boundary to the user, as below
+        sys.exit(f"stopped: {error}\n--plan has the models of all stages in one process, here: run it where they fit")
     print(placement.report(config, figures, placement.predicted(config, figures, placement.shared_cores(config))))
 
 

@@ -33,7 +33,7 @@ from flowbp_ray.tracking.store import masked
 from flowbp_ray.tracking.tracker import WARNINGS
 from flowbp_ray.training import EXPORT_FILE, NOTE_FILE
 from flowbp_ray.training.worker import Job, learner_of, train_loop
-from pipelines.causes import lost, reason
+from pipelines.causes import clean_up, lost, reason
 from pipelines.runs import Kept
 from pipelines.session import Session, on_this_node, progress, session
 
@@ -182,7 +182,7 @@ def attempt(
     parts: Parts = REAL,
 ) -> Result:
     """One stream of rollouts and one group of train workers, as far as they get."""
-    free_placement_groups()
+    others = placement_groups()
     store = ray.remote(PolicyStore).options(num_cpus=0).remote(config.train.workers if config.train.sharded else 1)
     cluster = config.cluster
     first = min(kept.steps, config.train.steps - 1)  # where all steps are done nobody reads it
@@ -223,18 +223,22 @@ def attempt(
         ray.cancel(running, force=True)
         raise
     finally:
-        free_placement_groups()
+        clean_up("give back what was reserved", lambda: free(placement_groups() - others))
     result: Result = ray.get(running)
     return result
 
 
-def free_placement_groups() -> None:
-    """Remove what Ray Train reserved for this driver's train workers and did not give back. Ray itself does that for a lost
-    controller only where the cluster has a dashboard, else when the driver ends; the next attempt needs the room."""
+def placement_groups() -> set[str]:
+    """This driver's, by their ids, which end with that of its job."""
     own = ray.get_runtime_context().get_job_id()
-    for group, state in placement_group_table().items():
-        if group.endswith(own) and state["state"] != "REMOVED":  # a group's id ends with that of its job
-            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
+    return {group for group, of in placement_group_table().items() if group.endswith(own) and of["state"] != "REMOVED"}
+
+
+def free(groups: set[str]) -> None:
+    """Remove what Ray Train reserved for train workers and did not give back. Ray itself does that for a lost controller only
+    where the cluster has a dashboard, else when the driver ends; the next attempt needs the room."""
+    for group in groups:
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
 
 
 def look(bar: tqdm, tracker: ActorHandle, said: int) -> int:

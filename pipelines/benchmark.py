@@ -201,10 +201,16 @@ def main(given: list[str] | None = None) -> None:
             print(f"{text}\n")
             print(json.dumps(figures), end="\n\n")
             found.append((text, figures))
+        if args.mlflow is not None:
+            print(f"kept in {keep(args.mlflow, args.command, {k: v for k, v in vars(args).items() if k != 'mlflow'}, found)}")
     except (ConfigError, ValueError, OSError) as error:
         refuse(error)
-    if args.mlflow is not None:
-        print(f"kept in {keep(args.mlflow, args.command, {k: v for k, v in vars(args).items() if k != 'mlflow'}, found)}")
+    except Exception as error:  # the boundary to the user, as in align
+        if "ray" not in sys.modules:
+            raise
+        from pipelines.causes import reason
+
+        sys.exit(f"\nstopped: {reason(error)}")
 
 
 if __name__ == "__main__":

@@ -82,9 +82,10 @@ def newest(place: Path) -> int:
 class Machines:
     """A head, where commands run, and workers, where all else does, as raylets on this machine."""
 
-    def __init__(self, workers: int = 2, cpus: int = 4) -> None:
-        """So many workers, of so many logical CPUs each."""
-        self.number, self.cpus = workers, cpus
+    def __init__(self, workers: int = 2, cpus: int = 4, store: int | None = None) -> None:
+        """So many workers, of so many logical CPUs each; ``store`` is the object store's bytes, if not Ray's own for tests."""
+        self.number = workers
+        self.each: dict[str, Any] = {"num_cpus": cpus} | ({"object_store_memory": store} if store else {})
 
     def __enter__(self) -> Self:
         import ray
@@ -98,7 +99,7 @@ class Machines:
         os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - so Ray spells it
         keep_few_records()
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        self.workers = [self.cluster.add_node(num_cpus=self.cpus) for _ in range(self.number)]
+        self.workers = [self.cluster.add_node(**self.each) for _ in range(self.number)]
         ray.init(address=self.cluster.address, log_to_driver=False, logging_level="error")
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
         return self
@@ -136,7 +137,7 @@ class Machines:
         """Lose a worker node with all that is on it; another one comes in its place."""
         node = self.workers.pop(randomly.randrange(self.number))
         self.cluster.remove_node(node, allow_graceful=False)
-        self.workers.append(self.cluster.add_node(num_cpus=self.cpus))
+        self.workers.append(self.cluster.add_node(**self.each))
 
     def orphans(self) -> list[str]:
         """What of a run is still there some seconds after it ended."""

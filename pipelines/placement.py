@@ -22,7 +22,8 @@ T = TypeVar("T")
 
 
 def profile(config: AlignConfig, told: Callable[[str], object]) -> dict[str, float]:
-    """Seconds of a micro-batch by stage and of a policy version, and bytes of a sample, measured one after the other here.
+    """Seconds of a micro-batch by stage, of the optimizer's step and of a policy version, and bytes of a sample, measured one
+    after the other here.
 
     All three stages' models are in this process at once. Errors are those of loading them.
     """
@@ -52,8 +53,10 @@ def profile(config: AlignConfig, told: Callable[[str], object]) -> dict[str, flo
         found["reward"].append(seconds)
         _, seconds = timed(partial(learner.accumulate, scored))
         found["update"].append(seconds)
+    _, stepping = timed(learner.update)
     figures = {stage: statistics.median(values[1:]) for stage, values in found.items()}
-    return figures | {"publishing": publishing, "loading": loading, "sample_bytes": sample_bytes(scored)}
+    more = {"stepping": stepping, "publishing": publishing, "loading": loading}
+    return figures | more | {"sample_bytes": sample_bytes(scored)}
 
 
 def timed(do: Callable[[], T]) -> tuple[T, float]:
@@ -68,7 +71,8 @@ def timed(do: Callable[[], T]) -> tuple[T, float]:
 
 
 def predicted(config: AlignConfig, figures: dict[str, float], cores: int | None) -> dict[str, Any]:
-    """Seconds of a step at both lags, each stage's share of them, and the smallest pools that do not hold up the train workers.
+    """Seconds of a step at both lags, what each stage needs of it, what takes longest at the configured lag, and at lag 1 the
+    smallest pools that do not hold up the train workers; None where these would wait all the same.
 
     ``cores`` are those that all processes share, None where each has its own.
     """
@@ -76,23 +80,34 @@ def predicted(config: AlignConfig, figures: dict[str, float], cores: int | None)
     pools = Pools(cluster.samplers, cluster.reward_replicas, train.workers)
     number = train.batch // train.micro_batch
     sampling, reward, update = figures["sampling"], figures["reward"], figures["update"]
+    between = figures["stepping"] + figures["publishing"]
     needs = stages(number, sampling, reward, update, pools)
-    once = alone([sampling] * number, reward, update, pools)
+    needs["samplers"] += figures["loading"]
+    needs["train workers"] += between
     if cores is not None:
         needs["cores of this machine"] = number * (sampling + reward + update) * cluster.threads / cores
-    between = figures["publishing"] + figures["loading"]  # no stage can do without the next version
-    lag = {0: max(once, needs.get("cores of this machine", 0.0)) + between, 1: max(*needs.values(), once / 2) + between / 2}
-    longest = max(needs, key=lambda stage: needs[stage])
+
+    def under_way(of: Pools) -> float:
+        """Seconds of one step by itself, from the first sample to the next version."""
+        return alone([sampling] * number, reward, update, of) + between + figures["loading"]
+
+    once = under_way(pools)
+    rounds = {0: {"one step by itself": once}, 1: {"two steps under way": once / 2}}
+    lag = {number: max(*needs.values(), *more.values()) for number, more in rounds.items()}
+    of = needs | rounds[train.policy_lag]
+    learning = needs["train workers"]
+    suggested = Pools(least(number * sampling, learning - figures["loading"]), least(number * reward, learning), train.workers)
     return {
-        "stages": needs,
+        "stages": of,
         "step": lag,
-        "bottleneck": longest,
-        "pools": {
-            "cluster.samplers": math.ceil(needs["samplers"] * pools.samplers / needs["train workers"] - 0.01) or 1,
-            "cluster.reward_replicas": math.ceil(needs["rewards"] * pools.replicas / needs["train workers"] - 0.01) or 1,
-            "train.workers": train.workers,
-        },
+        "bottleneck": max(of, key=lambda stage: of[stage]),
+        "pools": suggested if train.policy_lag == 1 and under_way(suggested) / 2 <= learning else None,
     }
+
+
+def least(seconds: float, within: float) -> int:
+    """How many processes do so many seconds' work within others, but for one in a hundred."""
+    return max(1, math.ceil(seconds / max(within, 1e-9) - 0.01))
 
 
 def report(config: AlignConfig, figures: dict[str, float], found: dict[str, Any]) -> str:
@@ -104,34 +119,29 @@ def report(config: AlignConfig, figures: dict[str, float], found: dict[str, Any]
     for stage, seconds in found["stages"].items():
         each = f"{figures[measured[stage]]:.3f}" if stage in measured else ""
         lines.append(f"| {stage} | {each} | {processes.get(stage, '')} | {seconds:.2f} |")
-    lag, longest = config.train.policy_lag, found["bottleneck"]
+    longest, step = found["bottleneck"], found["step"]
     setting = f" ({SETTINGS[longest]})" if longest in SETTINGS else ""
-    suggested = " ".join(f"{key}={value}" for key, value in found["pools"].items())
-    chosen = config.model_copy(
-        update={
-            "cluster": cluster.model_copy(
-                update={
-                    "samplers": found["pools"]["cluster.samplers"],
-                    "max_samplers": None,
-                    "reward_replicas": found["pools"]["cluster.reward_replicas"],
-                    "reward_max_replicas": None,
-                }
-            )
-        }
-    )
-    reserved = ", ".join(f"{number:g} {kind}s" for kind, number in chosen.reserved().items() if number)
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"A step would take about {found['step'][0]:.2f} s at train.policy_lag 0 and {found['step'][1]:.2f} s at 1 "
-            f"(configured is {lag}); the bottleneck: {longest}{setting}.",
-            f"A sample has {figures['sample_bytes'] / 1e6:.3f} MB on its way; a policy version is published in "
-            f"{figures['publishing']:.2f} s and loaded in {figures['loading']:.2f} s.",
-            f"Where each process has cores or a GPU of its own, neither samplers nor rewards hold up the train workers with "
-            f"{suggested}, which reserves {reserved}.",
-        ]
-    )
+    lines += [
+        "",
+        f"A step would take about {step[0]:.2f} s at train.policy_lag 0 and {step[1]:.2f} s at 1 (configured is "
+        f"{config.train.policy_lag}); the bottleneck: {longest}{setting}.",
+        f"A sample has {figures['sample_bytes'] / 1e6:.3f} MB on its way; a policy version is published in "
+        f"{figures['publishing']:.2f} s and loaded in {figures['loading']:.2f} s.",
+    ]
+    if config.train.policy_lag == 0:
+        lines.append("At train.policy_lag 0 stages wait for each other whatever their processes: 1 overlaps them.")
+    elif (pools := found["pools"]) is None:
+        lines.append("The train workers wait whatever the samplers, as a step's micro-batches are few: more of them would help.")
+    else:
+        given = {"samplers": pools.samplers, "max_samplers": None, "reward_replicas": pools.replicas, "reward_max_replicas": None}
+        chosen = config.model_copy(update={"cluster": cluster.model_copy(update=given)})
+        reserved = ", ".join(f"{number:g} {kind}s" for kind, number in chosen.reserved().items() if number)
+        lines.append(
+            "Where each process has cores or a GPU of its own, neither samplers nor rewards hold up the train workers with "
+            f"cluster.samplers={pools.samplers} cluster.reward_replicas={pools.replicas} train.workers={pools.workers}, which "
+            f"reserves {reserved}."
+        )
+    return "\n".join(lines)
 
 
 def shared_cores(config: AlignConfig) -> int | None:

@@ -9,6 +9,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,16 +19,16 @@ import ray
 from flowbp_ray.config import AlignConfig, load
 from flowbp_ray.tracking.tracker import METRICS, Tracker
 from pipelines import runs
-from pipelines.alignment import attempt
+from pipelines.alignment import Parts, attempt
 from pipelines.bounds import Pools, alone, stages
 from pipelines.machines import SPARSE, Machines
 from pipelines.session import Session, on_this_node, progress, quiet_streams
-from pipelines.stand_ins import Pace, parts
+from pipelines.stand_ins import Learner, Pace, Reward, Sampler, paced
 
 SAMPLES, MICRO_BATCH = 8, 2  # for each sampler and step; in a micro-batch
 ROLLOUT, REWARD, UPDATE = 8.0, 1.0, 4.0  # seconds for 8 samples
 FIRST = 2  # steps left out: the first fill the stream
-NODES, CPUS = 4, 10  # worker nodes, and their logical CPUs
+NODES, CPUS, STORE = 4, 10, 2 * 2**30  # worker nodes, and the logical CPUs and the object store's bytes of each
 SERIES = ("balanced", "samplers", "stragglers", "publish")
 
 
@@ -59,7 +60,7 @@ class Case:
         return Pace(ROLLOUT * each, REWARD * each, UPDATE * each, **sizes, stragglers=self.stragglers)
 
     def bound(self, seed: int, steps: range) -> float:
-        """Seconds below which the mean of these steps cannot be."""
+        """Seconds that the mean of these steps takes if nothing but the stages takes time."""
         pace, pools = self.pace, Pools(self.samplers, self.replicas, self.workers)
         sampling = [[pace.rollout_of(seed, step, part) for part in range(self.micro_batches)] for step in steps]
         if self.lag == 0:
@@ -115,9 +116,12 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each case, on a local cluster of several nodes."""
     rows = []
-    with TemporaryDirectory(prefix="scale_") as scratch, Machines(NODES, CPUS):
+    chosen = list(cases(series, numbers, factor))
+    for case in chosen:  # what no alignment can be is said before the first one
+        configured(case, FIRST + steps, Path("/"))
+    with TemporaryDirectory(prefix="scale_") as scratch, Machines(NODES, CPUS, STORE):
         quiet_streams()
-        for number, case in enumerate(cases(series, numbers, factor)):
+        for number, case in enumerate(chosen):
             folder = Path(scratch) / f"{number:03d}"
             folder.mkdir()
             row = run(case, FIRST + steps, folder)
@@ -133,9 +137,10 @@ def run(case: Case, steps: int, folder: Path) -> dict[str, Any]:
     runs.begin(config, place, None)
     tracker = ray.remote(Tracker).options(num_cpus=0, scheduling_strategy=on_this_node())
     there = tracker.remote(config.tracking.uri, "scale", None, config.model_dump(mode="json"), place)
+    parts = Parts(paced(Sampler, case.pace), paced(Reward, case.pace), partial(Learner, case.pace))
     at = Session(there, "", ray.get(there.info.remote()))
     with progress(steps, f"{case.samplers} samplers, lag {case.lag}", "step") as bar:
-        attempt(config, ["a red ring"], place, at, [], runs.Kept(config, place), bar, parts(case.pace))
+        attempt(config, ["a red ring"], place, at, [], runs.Kept(config, place), bar, parts)
     seconds = ray.get(there.seconds.remote())
     ray.get(there.finish.remote("FINISHED"))
     ray.kill(there)
@@ -179,6 +184,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     factor = rows[0]["factor"]
     said = (
         f"Durations times {factor:g}: 8 samples take {ROLLOUT * factor:g} s on a sampler, {REWARD * factor:g} s on a reward "
-        f"replica, {UPDATE * factor:g} s on a train worker. Means of {rows[0]['steps']} steps; loading is for each sampler."
+        f"replica, {UPDATE * factor:g} s on a train worker. Means of {rows[0]['steps']} steps; loading is for each sampler, and "
+        "the train workers' waiting is rank 0's. Rewards wait in their stage: what Ray Serve adds to it, `reward` measures."
     )
     return "\n".join([f"| {' | '.join(HEAD)} |", "| --- |" + " ---: |" * (len(HEAD) - 1), *map(line, rows), "", said])

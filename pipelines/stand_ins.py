@@ -3,13 +3,13 @@
 Stages that sample and reward import no torch; a train worker has it from Ray Train anyway.
 """
 
+import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import ray
@@ -21,7 +21,9 @@ from flowbp_ray.rollouts.batches import Block, Chunk, MicroBatch, Piece, policy_
 from flowbp_ray.rollouts.plans import plan_of
 from flowbp_ray.rollouts.stages import Timed
 from flowbp_ray.surrogate.plan import Plan
-from pipelines.alignment import Parts
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK = 64 * 2**20  # bytes, as of `flowbp_ray.training.weights`
 
@@ -62,7 +64,7 @@ class Sampler(Timed):
         if batch.version != self.version:
             for chunk in ray.get(self.store.fetch.remote(batch.version)):
                 for piece in ray.get(chunk).pieces:
-                    piece.values.copy()  # as into a model
+                    hashlib.sha256(piece.values.copy().data)  # as into a model, and the proof that it is there
             self.version = batch.version
         loading, began = time.perf_counter() - began, time.perf_counter()
         number, seed = len(batch.samples), self.config.train.seed
@@ -126,9 +128,12 @@ class Learner:
 
     def policy(self) -> Iterator[Chunk]:
         """Bytes in chunks, from the first worker."""
+        from flowbp_ray.training.weights import checksum
+
         for start in range(0, self.pace.policy_bytes if self.publishes else 0, CHUNK):
             values = np.ones(min(CHUNK, self.pace.policy_bytes - start), np.uint8)
-            yield Chunk((Piece("weights", start, values),), "")
+            pieces = (Piece("weights", start, values),)
+            yield Chunk(pieces, checksum(pieces))
 
     def accumulate(self, block: Block) -> None:
         """A micro-batch's share; RuntimeError if it is of another step or policy version, as the real one's."""
@@ -139,8 +144,12 @@ class Learner:
             block[column].sum()  # which reads all of it
         wait(began, self.pace.update)
 
-    def update(self, add_up: object = None) -> float:
-        """The next version."""
+    def update(self, add_up: Callable[["Tensor"], None] | None = None) -> float:
+        """The next version; an adapter's gradients are added up before. (Those of whole models are as they come.)"""
+        import torch
+
+        if add_up is not None and self.pace.policy_bytes <= CHUNK:
+            add_up(torch.zeros(self.pace.policy_bytes // 4))
         self.progress.version += 1
         return 1.0
 
@@ -161,8 +170,3 @@ S = TypeVar("S", bound=Timed)
 def paced(stage: type[S], pace: Pace) -> type[S]:
     """The stage at a pace, under the same name."""
     return type(stage.__name__, (stage,), {"pace": pace})
-
-
-def parts(pace: Pace) -> Parts:
-    """What `pipelines.alignment.attempt` takes."""
-    return Parts(paced(Sampler, pace), paced(Reward, pace), partial(Learner, pace))

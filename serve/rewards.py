@@ -25,13 +25,15 @@ from flowbp_ray.config.schema import Model
 from flowbp_ray.pictures import to_uint8
 from flowbp_ray.rewards.objective import Component, Graded, Part, graded_by, objective
 from flowbp_ray.rollouts.asking import Request, answering
+from flowbp_ray.rollouts.wire import narrow, widen
 
 #: The namespace of actors that applications belong to.
 OWNERS = "flowbp_ray"
 
 
 class Scores(TypedDict):
-    """The answer: float32, ``(B,)`` for each component and the objective, ``(B, C, h, w)`` for the gradient."""
+    """The answer: float32, ``(B,)`` for each component and the objective, ``(B, C, h, w)`` for the gradient, which is of the
+    dtype that the latents came in."""
 
     components: dict[str, np.ndarray]
     objective: np.ndarray
@@ -140,6 +142,7 @@ class Rewards:
     @answering
     def score(self, latents: np.ndarray, prompts: list[str], weights: dict[str, float] | None = None) -> Scores:
         """Decode ``latents (B, C, h, w)``, score, and differentiate the objective, with other ``weights`` where they are given.
+        Latents are float32, or what `flowbp_ray.rollouts.wire.narrow` made of it.
 
         ValueError for a shape that the decoder does not take; DeadRewardError, naming the component and the prompts, where
         a score or the gradient is not finite.
@@ -149,7 +152,7 @@ class Rewards:
         return {
             "components": {name: array(values) for name, values in answer.components.items()},
             "objective": array(answer.objective),
-            "gradient": array(answer.gradient),
+            "gradient": narrow(array(answer.gradient), "bfloat16" if latents.dtype == np.uint16 else "float32"),
         }
 
     @answering
@@ -195,7 +198,7 @@ class Rewards:
         channels = self.family.latent_channels(self.vae)
         if latents.ndim != 4 or latents.shape[:2] != (len(prompts), channels):
             raise ValueError(f"latents are {latents.shape}, but {len(prompts)} prompts need ({len(prompts)}, {channels}, h, w)")
-        return tensor(latents, self.device)
+        return tensor(widen(latents), self.device)
 
 
 def tensor(values: np.ndarray, device: str | torch.device) -> Tensor:

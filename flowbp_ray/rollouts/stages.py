@@ -21,7 +21,6 @@ from ray.serve.handle import DeploymentHandle
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.asking import Request
 from flowbp_ray.rollouts.batches import Block, MicroBatch
-from flowbp_ray.rollouts.wire import narrow, widen
 from flowbp_ray.training import EXPORT_FILE
 
 REWARDS = "scoring by the reward service"
@@ -113,13 +112,12 @@ def rewarded(config: AlignConfig, block: Block, ask: Callable[..., Callable[[], 
     """The block with scores and gradients in place of its reward inputs. ``ask(latents, prompts, weights)`` scores, by the time
     that the answer is called for."""
     began, step = time.perf_counter(), int(block["step"][0])
-    inputs, prompts = widen(block.pop("inputs")), block["prompt"].tolist()
+    inputs, prompts = block.pop("inputs"), block["prompt"].tolist()
     components = config.reward.components
     weights = {c.name: c.weight_at(step) for c in components}
     pending = [ask(np.ascontiguousarray(inputs[:, m]), prompts, weights) for m in range(inputs.shape[1])]
     answers = [answer() for answer in pending]
-    gradients = np.stack([a["gradient"] for a in answers], 1)  # (B, reward inputs, C, h, w)
-    block["gradients"] = narrow(gradients, config.train.wire_dtype)
+    block["gradients"] = np.stack([a["gradient"] for a in answers], 1)  # (B, reward inputs, C, h, w), as the inputs came
     block["objective"] = np.mean([a["objective"] for a in answers], 0)
     for name in answers[0]["components"]:
         block[f"reward/{name}"] = np.mean([a["components"][name] for a in answers], 0)

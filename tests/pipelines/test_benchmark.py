@@ -132,7 +132,7 @@ def test_sampling_here_is_the_stock_pipelines(capsys):
     ]  # fmt: skip
     assert rows[1]["difference"] <= 1e-5
     assert rows[2]["difference"] <= 1e-4
-    steps = {row["way"].split("'")[0].removeprefix("as far as "): row["steps"] for row in rows[3:]}
+    steps = {row["way"].split("'")[0].removeprefix("as far as "): row["velocities"] for row in rows[3:]}
     assert steps["sparse"] == 25  # the finished latent
     assert steps["refl"] < 25
 
