@@ -92,12 +92,12 @@ class Machines:
         from ray import serve
         from ray.cluster_utils import Cluster
 
-        from pipelines.session import keep_few_records
+        from pipelines.session import bound_memory
 
         self.mark = uuid.uuid4().hex
         os.environ[MARK] = self.mark  # which all of the cluster's processes inherit
         os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - so Ray spells it
-        keep_few_records()
+        bound_memory()
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         self.workers = [self.cluster.add_node(**self.each) for _ in range(self.number)]
         ray.init(address=self.cluster.address, log_to_driver=False, logging_level="error")

@@ -25,14 +25,14 @@ from pipelines import runs
 from pipelines.causes import clean_up
 from pipelines.rewarding import rewarding
 
-#: Of a cluster's processes. What Ray keeps of finished tasks, in case that what they made is lost, may be a gigabyte in each
-#: process that gives tasks, and 100,000 tasks in its GCS: a run's memory would grow for days. Under way here are dozens of tasks.
-RECORDS = {"RAY_max_lineage_bytes": str(8 * 2**20), "RAY_task_events_max_num_task_in_gcs": "1000"}
+#: Of a cluster's processes, so that no memory grows with the steps. A block that is small enough to come in a message, at most
+#: 100,000 bytes, stays for ever in the process that runs Ray Data's stream; and Ray's GCS keeps 100,000 finished tasks.
+MEMORY = {"RAY_max_direct_call_object_size": "8192", "RAY_task_events_max_num_task_in_gcs": "1000"}
 
 
-def keep_few_records() -> None:
-    """Have a cluster that this process starts keep little of finished tasks, unless its environment says otherwise."""
-    for name, value in RECORDS.items():
+def bound_memory() -> None:
+    """Have a cluster that this process starts not grow, unless its environment says otherwise."""
+    for name, value in MEMORY.items():
         os.environ.setdefault(name, value)
 
 
@@ -46,7 +46,7 @@ def connect(config: AlignConfig) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(runtime_env=quiet, log_to_driver=False, logging_level="error")
     else:
-        keep_few_records()
+        bound_memory()
         # Logical CPUs: on a laptop the processes take turns. One more than is there would be waited for, for ever.
         cpus = max(os.cpu_count() or 1, math.ceil(config.reserved()["CPU"]))
         ray.init(
