@@ -107,6 +107,7 @@ def role_of(line: str) -> str:
 def table(folder: Path) -> str:
     """Each role's memory and files over the second half of the samples: mean, slope, and how far a step of noise is from it."""
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text("utf-8").splitlines()]
+    lines = [line for line in lines if line["step"] < lines[-1]["step"]] or lines  # after the last step all else ends too
     half = lines[len(lines) // 2 :]
     rows = [
         "| role | processes | MB | MB per 1,000 steps | files | files per 1,000 steps |",

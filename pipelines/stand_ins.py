@@ -91,13 +91,14 @@ class Reward(Timed):
     pace: Pace
 
     def __init__(self, config: AlignConfig, application: str) -> None:
-        pass
+        self.names = [component.name for component in config.reward.components]
 
     def work(self, block: Block) -> Block:
         """Gradients in place of the reward inputs."""
         began, number = time.perf_counter(), len(block["step"])
         block["gradients"] = block.pop("inputs").copy()
-        block["objective"] = block["reward/stand-in"] = np.zeros(number, np.float32)
+        block["objective"] = np.zeros(number, np.float32)
+        block |= {f"reward/{name}": block["objective"] for name in self.names}
         wait(began, self.pace.reward)
         return block | {"reward_seconds": np.full(number, (time.perf_counter() - began) / number)}
 

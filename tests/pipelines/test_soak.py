@@ -41,6 +41,8 @@ def test_the_table_is_of_the_second_half_and_of_roles_that_are_always_there(tmp_
     for second in range(20):
         tracker = {"MB": 100.0 + (50 - 5 * second if second < 10 else 0.1 * second), "files": 9, "processes": 1}
         lines.append({"second": 60.0 * second, "step": second, "Tracker": tracker})
+    for second in (20, 21):  # after the last step: what evaluates and exports
+        lines.append({"second": 60.0 * second, "step": 20, "Tracker": {"MB": 500.0, "files": 99, "processes": 1}})
     lines[3]["gone"] = {"MB": 1.0, "files": 1, "processes": 1}
     (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)))
     text = table(tmp_path)
