@@ -57,6 +57,8 @@ class Row:
     whole: Cost | None
     #: Norm of the difference of both gradients, of the whole graph's norm.
     difference: float | None
+    #: Seconds of an active step, of those that one conditional velocity takes forward and backward.
+    of_velocity: float | None = None
 
 
 def build(
@@ -135,13 +137,15 @@ def measured(update: Update, run: Callable[[], None], repeats: int) -> tuple[Cos
 def compare(update: Update, active: int, repeats: int) -> Row:
     """One step at a time beside the whole graph, at the same plan."""
     plan = update.plan("sparse", active_steps=active)
+    one = measured(update, update.one_velocity, repeats)  # just before, as a machine's pace changes
     walk = measured(update, lambda: update.walk(plan), repeats)
     whole = measured(update, lambda: update.whole_graph(plan), repeats)
     difference = None
     if walk and whole:
         pairs = [(a.float(), b.float()) for a, b in zip(walk[1], whole[1], strict=True)]
         difference = math.hypot(*((a - b).norm().item() for a, b in pairs)) / math.hypot(*(b.norm().item() for _, b in pairs))
-    return Row(active, walk[0] if walk else None, whole[0] if whole else None, difference)
+    of_velocity = walk[0].seconds / active / one[0].seconds if walk and one else None
+    return Row(active, walk[0] if walk else None, whole[0] if whole else None, difference, of_velocity)
 
 
 def update(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -160,7 +164,8 @@ def update(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         f"{'on' if args.gradient_checkpointing else 'off'}; {args.batch} of {args.height}×{args.width} pixels; {where}, "
         f"{str(dtype).removeprefix('torch.')}. Peaks are beside {kept['weights'] / GB:.2f} GB of weights and "
         f"{kept['gradients'] / GB:.2f} GB of gradients in the same dtype. Seconds are medians of {args.repeats} runs. The "
-        "difference is that of both gradients, relative. Guidance's negative branch has no gradient: neither evaluates it."
+        "difference is that of both gradients, relative; last is an active step's time over that of one conditional velocity, "
+        "forward and backward. Guidance's negative branch has no gradient: neither evaluates it."
     )
     figures = {"model": args.model, "device": where, "full": args.full, "checkpointing": args.gradient_checkpointing, **sizes}
     return f"{update_table(rows)}\n\n{said}", {**figures, **kept, "rows": [asdict(r) for r in rows]}
@@ -245,7 +250,17 @@ def fits_table(found: list[dict[str, Any]]) -> str:
 
 def update_table(rows: list[Row]) -> str:
     """Markdown; both ways side by side."""
-    head = ["active steps", "peak, GB", "whole graph's", "ratio", "seconds", "whole graph's", "ratio", "difference"]
+    head = [
+        "active steps",
+        "peak, GB",
+        "whole graph's",
+        "ratio",
+        "seconds",
+        "whole graph's",
+        "ratio",
+        "difference",
+        "a step : one velocity",
+    ]
     body = []
     for row in rows:
         cells = [str(row.active)]
@@ -253,7 +268,8 @@ def update_table(rows: list[Row]) -> str:
             one, other = (cost and getattr(cost, field) for cost in (row.walk, row.whole))
             cells += ["out of memory" if v is None else form(v) for v in (one, other)]
             cells.append(f"{other / one:.2f}" if one and other else "–")
-        body.append([*cells, "–" if row.difference is None else f"{row.difference:.1e}"])
+        cells.append("–" if row.difference is None else f"{row.difference:.1e}")
+        body.append([*cells, "–" if row.of_velocity is None else f"{row.of_velocity:.3f}"])
     return table(head, body)
 
 
