@@ -101,6 +101,10 @@ def test_models_are_listed_and_an_alias_is_a_version(client, store):
     by_alias, answer = draw(client, "shapes-aligned@champion", 1)
     assert answer.model == "shapes-aligned/1"
     np.testing.assert_array_equal(by_alias, draw(client, "shapes-aligned/1", 1)[0])
+    MlflowClient(store[0]).set_registered_model_alias("shapes-aligned", "champion", "2")  # promoted, while it is served
+    until = time.monotonic() + 30
+    while draw(client, "shapes-aligned@champion", 1)[1].model != "shapes-aligned/2":
+        assert time.monotonic() < until
     newest, answer = draw(client, "shapes-aligned", 1)
     assert answer.model == "shapes-aligned/2"
     assert np.abs(newest[0] - by_alias[0]).max() > 10

@@ -160,6 +160,7 @@ def test_a_wrong_token_is_told_so_and_everything_else_asks_for_it(at, browser):
     for path in ("", "/runs", "/blind", "/results"):
         page.goto(f"{at}/studio{path}")
         expect(page.get_by_role("heading", name="Token")).to_be_visible()
+    look(page, "login", None)
     page.get_by_label("The token of this service").fill("other")
     page.keyboard.press("Enter")
     expect(page.get_by_role("alert")).to_have_text("That is another token.")

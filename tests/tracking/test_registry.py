@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.models import Model
 
 from flowbp_ray.config import ConfigError, dump, load
 from flowbp_ray.tracking import registry
@@ -68,6 +69,9 @@ def test_plain_mlflow_loads_a_version_and_it_is_the_adapter(store, run, exported
     base = own(**STEP, generator=torch.Generator().manual_seed(3), output_type="np").images[0]
     assert np.abs(base - theirs).max() > 1e-2
 
+    assert {column.name for column in Model.load(uri).signature.inputs} == {"prompt"}
+    kept = Path(mlflow.artifacts.download_artifacts(uri))
+    assert {f.name for f in kept.rglob("*")} >= {"before_after.png", "evaluation.md", "resolved_config.yaml", "adapter.json"}
     client = MlflowClient(store)
     version = client.get_model_version(exported.name, "1")
     assert version.description == exported.table
