@@ -13,6 +13,10 @@ from ray.data import ActorPoolStrategy, Dataset
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.stages import Admission, RewardStage, SamplerStage, Timed
 
+#: Micro-batches that wait in the process that admits them: as each takes it no time, Ray Data's own turn between two would be
+#: most of it. A stage that scores has one that waits; a sampler has none, as another one may be free for it sooner.
+AHEAD = 16
+
 
 def rollouts(
     config: AlignConfig,
@@ -29,11 +33,11 @@ def rollouts(
     source = ray.data.from_arrow([pa.table({"number": [n]}) for n in range(first_step * parts, config.train.steps * parts)])
     whole = {"batch_size": None, "batch_format": "numpy"}  # a killed actor is restarted and its task repeated, by default
 
-    def pool(size: int, most: int | None = None) -> ActorPoolStrategy:
-        return ActorPoolStrategy(min_size=size, max_size=most or size, max_tasks_in_flight_per_actor=1)
+    def pool(size: int, most: int | None = None, ahead: int = 1) -> ActorPoolStrategy:
+        return ActorPoolStrategy(min_size=size, max_size=most or size, max_tasks_in_flight_per_actor=ahead)
 
     return (
-        source.map_batches(Admission, fn_constructor_args=(config, store), compute=pool(1), num_cpus=0.01, **whole)
+        source.map_batches(Admission, fn_constructor_args=(config, store), compute=pool(1, ahead=AHEAD), num_cpus=0.01, **whole)
         .map_batches(
             sampler,
             fn_constructor_args=(config, prompts, store),
@@ -43,6 +47,6 @@ def rollouts(
             **whole,
         )
         .map_batches(
-            reward, fn_constructor_args=(config, application), compute=pool(cluster.rewards.most), num_cpus=0.01, **whole
+            reward, fn_constructor_args=(config, application), compute=pool(cluster.rewards.most, ahead=2), num_cpus=0.01, **whole
         )
     )

@@ -43,10 +43,10 @@ def test_deleted_again_while_it_is_started_again_it_comes_back_and_is_gone_at_th
 
 def test_one_that_cannot_start_says_why(cluster):
     config = load(SPARSE, ["cluster.reward_cpus=0.1"])
-    component = config.reward.components[0].model_copy(update={"path": "nobody/nothing"})
+    component = config.reward.components[0].model_copy(update={"kind": "function", "path": "math:no_such_reward"})
     broken = config.model_copy(update={"reward": config.reward.model_copy(update={"components": (component,)})})
     with pytest.raises(RuntimeError) as caught, rewarding(broken, OWN):
         pass
-    assert "nobody/nothing" in str(caught.value)
+    assert "no_such_reward" in reason(caught.value)
     assert len(reason(caught.value).splitlines()) == 1
     assert status() is None
