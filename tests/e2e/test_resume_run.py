@@ -199,7 +199,8 @@ def test_without_retries_a_lost_train_worker_ends_the_run_with_a_sentence_and_th
     assert run.info.status == "FAILED"
     until = time.monotonic() + 60
     while ray.available_resources()["CPU"] < free or processes("Tracker") or processes("PolicyStore"):
-        assert time.monotonic() < until, ray.available_resources()
+        left = {title: processes(title) for title in ("Tracker", "PolicyStore")}
+        assert time.monotonic() < until, (ray.available_resources()["CPU"], free, left)
         time.sleep(0.2)
     assert not serve.status().applications
     assert all(group["state"] == "REMOVED" for group in ray.util.placement_group_table().values())
