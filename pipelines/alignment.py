@@ -224,6 +224,7 @@ def attempt(
         raise
     finally:
         clean_up("give back what was reserved", lambda: free(placement_groups() - others))
+        ray.kill(store)  # an error's traceback may hold its handle for as long as that is looked at
     result: Result = ray.get(running)
     return result
 

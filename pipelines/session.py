@@ -159,8 +159,11 @@ def session(config: AlignConfig, folder: Path) -> Iterator[Session]:
         except BaseException as error:
             end(error)
             raise
-        ray.get(tracker.finish.remote("FINISHED"))
-        runs.finished(folder)
+        else:
+            ray.get(tracker.finish.remote("FINISHED"))
+            runs.finished(folder)
+        finally:
+            ray.kill(tracker)  # an error's traceback may hold its handle for as long as that is looked at
 
 
 def on_this_node() -> NodeAffinitySchedulingStrategy:
