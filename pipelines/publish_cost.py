@@ -119,5 +119,5 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [f"{row[k]:.3f} s" for k in ("publish_s", "load_s", "all_s", "copy_s")]
         cells += [f"{row[k] / row['copy_s']:.1f}" for k in ("publish_s", "load_s")]
         lines.append(f"| {row['what']} | {row['bytes'] / 2**20:,.0f} | {row['samplers']} | {' | '.join(cells)} |")
-    said = "Samplers load at once, and share this machine's cores. Both sides sum the bytes up with SHA-256, which is most of it."
+    said = "Samplers load at once, and share this machine's cores. Both sides sum the bytes up with SHA-256."
     return "\n".join([*lines, "", said])
