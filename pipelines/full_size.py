@@ -57,7 +57,7 @@ class Row:
     whole: Cost | None
     #: Norm of the difference of both gradients, of the whole graph's norm.
     difference: float | None
-    #: Seconds of an active step, of those that one conditional velocity takes forward and backward.
+    #: An active step's seconds over those of one conditional velocity, forward and backward.
     of_velocity: float | None = None
 
 

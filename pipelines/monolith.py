@@ -28,17 +28,8 @@ from flowbp_ray.training.learner import Learner
 from pipelines.alignment import align
 from pipelines.machines import SPARSE
 from pipelines.session import cluster
+from pipelines.step_times import ALONE, FIRST
 from serve.rewards import here
-
-FIRST = 3  # steps left out: the first fill the stream and load what is loaded late
-SETTINGS = (
-    "train.workers=1",
-    "cluster.samplers=1",
-    "cluster.reward_replicas=1",
-    "evaluation.before=false",
-    "evaluation.per_task=1",
-    "evaluation.preview_prompts=0",
-)
 
 
 def measure(given: list[str], steps: int, told: Callable[[str], object]) -> list[dict[str, Any]]:
@@ -48,7 +39,7 @@ def measure(given: list[str], steps: int, told: Callable[[str], object]) -> list
     with TemporaryDirectory(prefix="pipeline_") as folder:
         tracking = [f"tracking.uri=sqlite:///{folder}/mlflow.db", f"output={folder}"]
         configs = {
-            lag: load(SPARSE, [*SETTINGS, *given, *tracking, f"train.policy_lag={lag}", f"train.steps={FIRST + steps}"])
+            lag: load(SPARSE, [*ALONE, *given, *tracking, f"train.policy_lag={lag}", f"train.steps={FIRST + steps}"])
             for lag in (0, 1)
         }
         threads = torch.get_num_threads()
@@ -115,4 +106,4 @@ def table(rows: list[dict[str, Any]]) -> str:
         if "stages" in row:
             parts = ", ".join(f"{name} {value:.2f}" for name, value in sorted(row["stages"].items()))
             lines += ["", f"{row['way']}, seconds: {parts}."]
-    return "\n".join([*lines, "", f"Medians of {rows[0]['steps']} steps. {json.dumps(SETTINGS)}"])
+    return "\n".join([*lines, "", f"Medians of {rows[0]['steps']} steps. {json.dumps(ALONE)}"])

@@ -17,6 +17,15 @@ from flowbp_ray.config import AlignConfig, ConfigError, load
 from pipelines import refuse
 
 FIRST = 3  # steps left out: the first fill the stream and load what is loaded late
+#: One process a stage, and nothing but steps.
+ALONE = (
+    "train.workers=1",
+    "cluster.samplers=1",
+    "cluster.reward_replicas=1",
+    "evaluation.before=false",
+    "evaluation.per_task=1",
+    "evaluation.preview_prompts=0",
+)
 STAGES = ("sampling", "reward", "update")
 
 
@@ -46,12 +55,7 @@ def settings(args: argparse.Namespace, lag: int, store: Path) -> AlignConfig:
             f"train.policy_lag={lag}",
             f"tracking.uri=sqlite:///{store}/mlflow.db",
             f"output={store}",
-            "train.workers=1",
-            "cluster.samplers=1",
-            "cluster.reward_replicas=1",
-            "evaluation.before=false",
-            "evaluation.per_task=1",
-            "evaluation.preview_prompts=0",
+            *ALONE,
         ],
     )
 

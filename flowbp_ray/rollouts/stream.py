@@ -27,7 +27,7 @@ def rollouts(
     sampler: type[Timed] = SamplerStage,
     reward: type[Timed] = RewardStage,
 ) -> Dataset:
-    """All micro-batches of a run from a step on, in order. Set ``preserve_order`` where it is executed."""
+    """All micro-batches of a run from a step on, in order, by these stages. Set ``preserve_order`` where it is executed."""
     cluster = config.cluster
     parts = config.train.batch // config.train.micro_batch
     source = ray.data.from_arrow([pa.table({"number": [n]}) for n in range(first_step * parts, config.train.steps * parts)])

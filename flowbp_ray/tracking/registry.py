@@ -51,10 +51,6 @@ class Exported:
         """The registered model's."""
         return registered_name(self.config)
 
-    def checksum(self) -> str:
-        """As `checksum_of`."""
-        return checksum_of(self.folder)
-
 
 def checksum_of(folder: Path) -> str:
     """SHA-256 of the adapter in a folder, or of what was trained of a pipeline, its transformer."""
@@ -74,7 +70,7 @@ def register(uri: str, run_id: str, exported: Exported) -> str:
 
     mlflow.MlflowException if the store fails.
     """
-    client, checksum, name = MlflowClient(uri), exported.checksum(), exported.name
+    client, checksum, name = MlflowClient(uri), checksum_of(exported.folder), exported.name
     for version in client.search_model_versions(f"run_id='{run_id}'"):
         if version.name == name and version.tags.get(CHECKSUM) == checksum:
             return f"models:/{name}/{version.version}"
