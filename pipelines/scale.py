@@ -2,7 +2,7 @@
 
 For each sampler a step has 8 samples, in four micro-batches. Sampling them takes 8 s on one sampler, rewarding them 1 s on one
 replica, the update 4 s on one train worker, all times a factor; a sample has 1 MB. So no step can take less than the longest
-stage does; at policy_lag 0, where stages of two steps never overlap, than the first micro-batch needs to go all the way.
+stage does; at policy_lag 0, where stages of two steps never overlap, than its micro-batches need to go all the way.
 """
 
 import json
