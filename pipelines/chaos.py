@@ -141,7 +141,7 @@ def run(
                 machines.lose(randomly)
             elif role == "reward application":
                 for name in serve.status().applications:
-                    serve.delete(name)
+                    serve.delete(name, _blocking=False)  # it may be there again before Serve has seen that it was gone
             elif not machines.kill(role, randomly, command):
                 break
             command.wait_for(reached + 1)

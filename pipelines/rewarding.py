@@ -39,9 +39,10 @@ def rewarding(config: AlignConfig, own: str) -> Iterator[str]:
             yield own
         finally:
             ended.set()
+            watch.join(timeout=10)  # else what it starts just now would be there again after it was removed
     finally:
         clean_up("remove the reward service", lambda: serve.delete(own))
-        ray.kill(owner)  # what `revive` may have started just now ends by itself
+        ray.kill(owner)  # what is left of it ends by itself
 
 
 def make_owner(name: str) -> ActorHandle:

@@ -32,9 +32,10 @@ def test_deleted_again_while_it_is_started_again_it_comes_back_and_is_gone_at_th
     config = load(SPARSE, ["cluster.reward_cpus=0.1"])
     with rewarding(config, OWN) as name:
         assert name == OWN
-        serve.delete(OWN)
+        # Not waited for: Serve looks once a second whether it is gone, and by then it may be there again.
+        serve.delete(OWN, _blocking=False)
         wait_until({ApplicationStatus.DEPLOYING})
-        serve.delete(OWN)
+        serve.delete(OWN, _blocking=False)
         wait_until({ApplicationStatus.RUNNING})
         assert service(name).describe.remote().result(timeout_s=60)["components"].keys() == {"preference", "judge"}
     assert status() is None
