@@ -117,6 +117,8 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
 
         rows = rollout_cost.measure(args.batch, args.repeats, told)
         yield rollout_cost.table(rows), rows
+        shares = rollout_cost.modulation()
+        yield rollout_cost.shares_table(shares), shares
     elif args.command == "reward":
         from pipelines import reward_cost
 

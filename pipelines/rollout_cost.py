@@ -1,10 +1,11 @@
 """What sampling costs beside the stock diffusers pipeline, for equal work and for what a method's plans need of it.
 
 The embedded default samples on the CPU; both give latents, so no decoder is measured. Runs are interleaved, and the ratio is the
-median of the pairs'.
+median of the pairs'. How much caching the modulation (it depends on time and pooled texts alone) could save is counted.
 """
 
 import itertools
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -15,9 +16,11 @@ import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from flowbp_ray import backbones
 from flowbp_ray.backbones.backbone import Backbone
+from flowbp_ray.backbones.published import PUBLISHED as PUBLISHED_MODELS
 from flowbp_ray.config.paths import MODELS
 from flowbp_ray.rollouts.rollout import roll_out
 from flowbp_ray.surrogate.methods import METHODS
@@ -26,6 +29,8 @@ from flowbp_ray.training.study import PUBLISHED
 
 STEPS, SCALE, SIZE = 25, 3.0, 64
 PROMPTS = ("a red ring", "two blue squares", "a green star left of a red disc", "three yellow rings")
+#: Modules of the three transformers that make scales, shifts and gates.
+MODULATION = re.compile(r"(norm\w*|modulation\w*)\.linear$|\.(time_text_embed|time_guidance_embed)$")
 DRAWS = 200  # plans of a method, whose mean is counted
 
 
@@ -123,6 +128,26 @@ def stock(pipeline: StableDiffusion3Pipeline, prompts: list[str], seeds: list[in
 def own(backbone: Backbone, prompts: list[str], seeds: list[int]) -> Tensor:
     """The same here."""
     return backbone.sample_latents(prompts, seeds, steps=STEPS, guidance_scale=SCALE, height=SIZE, width=SIZE)
+
+
+def modulation() -> dict[str, float]:
+    """Of the published models at 512x512, the part of a velocity's FLOPs that makes the modulation; counted, without memory."""
+    from pipelines.full_size import build
+
+    shares = {}
+    for name in PUBLISHED_MODELS:
+        update = build(name, "meta", torch.float32)
+        with torch.no_grad(), FlopCounterMode(display=False) as flops:
+            update.backbone.branch(update.latents, update.sigmas[0], update.text, update.scale)
+        by_module = {module: sum(counts.values()) for module, counts in flops.get_flop_counts().items()}
+        shares[name] = sum(n for module, n in by_module.items() if MODULATION.search(module)) / flops.get_total_flops()
+    return shares
+
+
+def shares_table(shares: dict[str, float]) -> str:
+    """As Markdown."""
+    lines = ["| | of a velocity's FLOPs that make its modulation |", "| --- | ---: |"]
+    return "\n".join([*lines, *(f"| {name} | {100 * share:.3f} % |" for name, share in shares.items())])
 
 
 def table(rows: list[dict[str, Any]]) -> str:

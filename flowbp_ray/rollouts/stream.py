@@ -14,7 +14,8 @@ from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.stages import Admission, RewardStage, SamplerStage, Timed
 
 #: Micro-batches that wait in the process that admits them: as each takes it no time, Ray Data's own turn between two would be
-#: most of it. A stage that scores has one that waits; a sampler has none, as another one may be free for it sooner.
+#: most of it. A stage that scores has one that waits, and fetches it while the one before is scored and handed on; a sampler has
+#: none, as another one may be free for it sooner.
 AHEAD = 16
 
 
@@ -33,8 +34,13 @@ def rollouts(
     source = ray.data.from_arrow([pa.table({"number": [n]}) for n in range(first_step * parts, config.train.steps * parts)])
     whole = {"batch_size": None, "batch_format": "numpy"}  # a killed actor is restarted and its task repeated, by default
 
-    def pool(size: int, most: int | None = None, ahead: int = 1) -> ActorPoolStrategy:
-        return ActorPoolStrategy(min_size=size, max_size=most or size, max_tasks_in_flight_per_actor=ahead)
+    def pool(size: int, most: int | None = None, ahead: int = 1, fetched: int = 1) -> ActorPoolStrategy:
+        return ActorPoolStrategy(
+            min_size=size,
+            max_size=most or size,
+            max_tasks_in_flight_per_actor=ahead,
+            max_concurrent_calls_per_actor=fetched,  # of which one works at a time
+        )
 
     return (
         source.map_batches(Admission, fn_constructor_args=(config, store), compute=pool(1, ahead=AHEAD), num_cpus=0.01, **whole)
@@ -47,6 +53,10 @@ def rollouts(
             **whole,
         )
         .map_batches(
-            reward, fn_constructor_args=(config, application), compute=pool(cluster.rewards.most, ahead=2), num_cpus=0.01, **whole
+            reward,
+            fn_constructor_args=(config, application),
+            compute=pool(cluster.rewards.most, ahead=2, fetched=2),
+            num_cpus=0.01,
+            **whole,
         )
     )

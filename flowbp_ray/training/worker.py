@@ -8,7 +8,8 @@ import platform
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,6 +97,7 @@ def train_loop(job: Job) -> str | None:
         watch.see(show(job, learner), -1)
     shard = train.get_dataset_shard("rollouts")
     blocks = iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
+    fetching = ThreadPoolExecutor(1)
     parts = config.train.batch // config.train.micro_batch // config.train.workers
     logged = None
     since: dict[str, list[float]] = defaultdict(list)  # the last checkpoint: what it is judged by, on rank 0
@@ -103,9 +105,10 @@ def train_loop(job: Job) -> str | None:
         began, sums, seconds = time.perf_counter(), torch.zeros(0), {"waiting": 0.0, "update": 0.0}
         names: list[str] = []
         plan, taken = learner.plan, list[Block]()
+        coming = one_ahead(blocks, parts, fetching)
         for part in range(parts):
             asked = time.perf_counter()
-            block = next(blocks, None)
+            block = next(coming)
             if block is None:
                 raise RuntimeError(
                     f"the stream of rollouts ended in step {step} of {config.train.steps}: see what its stages say"
@@ -167,6 +170,19 @@ def train_loop(job: Job) -> str | None:
         if stops:
             break  # with all ranks' iterators gone, Ray Data ends its stages, those that wait for the next policy version too
     return progress.stopped
+
+
+def one_ahead(blocks: Iterator[Block], number: int, fetching: Executor) -> Iterator[Block | None]:
+    """So many blocks, None for each that there is not, every next one fetched while one is worked on.
+
+    Ray Data's own prefetching gives none before it has the one after it, which of a step's last one may depend on that step.
+    """
+    coming = fetching.submit(next, blocks, None)
+    for left in reversed(range(number)):
+        block = coming.result()
+        if left:
+            coming = fetching.submit(next, blocks, None)
+        yield block
 
 
 def totals(block: Block) -> tuple[list[str], Tensor]:

@@ -126,7 +126,7 @@ def test_bad_input_ends_in_one_sentence(given, sentence, capsys):
 
 def test_sampling_here_is_the_stock_pipelines(capsys):
     benchmark.main(["rollout", "--batch", "2", "--repeats", "1"])
-    rows = json.loads(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("[")))
+    rows, shares = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith(("[", "{")))
     assert [row["way"] for row in rows[:3]] == [
         "stock diffusers pipeline", "here, branches in one batch", "here, one branch after the other"
     ]  # fmt: skip
@@ -135,6 +135,9 @@ def test_sampling_here_is_the_stock_pipelines(capsys):
     steps = {row["way"].split("'")[0].removeprefix("as far as "): row["velocities"] for row in rows[3:]}
     assert steps["sparse"] == 25  # the finished latent
     assert steps["refl"] < 25
+    # Of SD3's blocks at 512x512: six modulations a stream against 12 matrices of each token's.
+    assert 1 / 3000 < shares["sd35"] < 1 / 1000
+    assert 0 < shares["flux2"] < shares["flux1"] < shares["sd35"]  # FLUX.2's blocks share one modulation
 
 
 def test_what_is_on_the_wire_and_an_mlflow_run_of_it(tmp_path, capsys):
