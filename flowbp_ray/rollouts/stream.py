@@ -14,8 +14,8 @@ from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.stages import Admission, RewardStage, SamplerStage, Timed
 
 #: Micro-batches that wait in the process that admits them: as each takes it no time, Ray Data's own turn between two would be
-#: most of it. A stage that scores has one that waits, and fetches it while the one before is scored and handed on; a sampler has
-#: none, as another one may be free for it sooner.
+#: most of it. A stage that scores has one that waits, and fetches it while the one before is scored and handed on. So has a
+#: sampler at policy_lag 1; at 0, where the step waits for its last sampler, another one may be free for it sooner.
 AHEAD = 16
 
 
@@ -34,12 +34,12 @@ def rollouts(
     source = ray.data.from_arrow([pa.table({"number": [n]}) for n in range(first_step * parts, config.train.steps * parts)])
     whole = {"batch_size": None, "batch_format": "numpy"}  # a killed actor is restarted and its task repeated, by default
 
-    def pool(size: int, most: int | None = None, ahead: int = 1, fetched: int = 1) -> ActorPoolStrategy:
+    def pool(size: int, most: int | None = None, *, ahead: int) -> ActorPoolStrategy:
         return ActorPoolStrategy(
             min_size=size,
             max_size=most or size,
             max_tasks_in_flight_per_actor=ahead,
-            max_concurrent_calls_per_actor=fetched,  # of which one works at a time
+            max_concurrent_calls_per_actor=min(ahead, 2),  # of which one works, and the other is fetched or handed on
         )
 
     return (
@@ -47,7 +47,7 @@ def rollouts(
         .map_batches(
             sampler,
             fn_constructor_args=(config, prompts, store),
-            compute=pool(cluster.samplers, cluster.max_samplers),
+            compute=pool(cluster.samplers, cluster.max_samplers, ahead=1 + config.train.policy_lag),
             num_cpus=cluster.sampler_cpus,
             num_gpus=cluster.sampler_gpus,
             **whole,
@@ -55,7 +55,7 @@ def rollouts(
         .map_batches(
             reward,
             fn_constructor_args=(config, application),
-            compute=pool(cluster.rewards.most, ahead=2, fetched=2),
+            compute=pool(cluster.rewards.most, ahead=2),
             num_cpus=0.01,
             **whole,
         )
