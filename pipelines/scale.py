@@ -27,7 +27,7 @@ from pipelines.stand_ins import Learner, Pace, Reward, Sampler, paced
 
 SAMPLES, MICRO_BATCH = 8, 2  # for each sampler and step; in a micro-batch
 ROLLOUT, REWARD, UPDATE = 8.0, 1.0, 4.0  # seconds for 8 samples
-FIRST = 2  # steps left out: the first fill the stream
+FIRST, LAST = 2, 1  # steps left out: the first fill the stream, and with the last it runs empty
 NODES, CPUS, STORE = 4, 10, 2 * 2**30  # worker nodes, and the logical CPUs and the object store's bytes of each
 SERIES = ("balanced", "samplers", "stragglers", "publish")
 
@@ -118,20 +118,21 @@ def measure(
     rows = []
     chosen = list(cases(series, numbers, factor))
     for case in chosen:  # what no alignment can be is said before the first one
-        configured(case, FIRST + steps, Path("/"))
+        configured(case, FIRST + steps + LAST, Path("/"))
     with TemporaryDirectory(prefix="scale_") as scratch, Machines(NODES, CPUS, STORE):
         quiet_streams()
         for number, case in enumerate(chosen):
             folder = Path(scratch) / f"{number:03d}"
             folder.mkdir()
-            row = run(case, FIRST + steps, folder)
+            row = run(case, range(FIRST, FIRST + steps), folder)
             told(line(row))
             rows.append(row)
     return rows
 
 
-def run(case: Case, steps: int, folder: Path) -> dict[str, Any]:
-    """One alignment."""
+def run(case: Case, counted: range, folder: Path) -> dict[str, Any]:
+    """One alignment, of which some steps count."""
+    steps = counted.stop + LAST
     config = configured(case, steps, folder)
     place = folder / "runs" / "run"
     runs.begin(config, place, None)
@@ -145,10 +146,11 @@ def run(case: Case, steps: int, folder: Path) -> dict[str, Any]:
     ray.get(there.finish.remote("FINISHED"))
     ray.kill(there)
     ended = [e["time"] for e in map(json.loads, (place / METRICS).read_text("utf-8").splitlines()) if "objective" in e["values"]]
-    step, bound = (ended[-1] - ended[FIRST - 1]) / 1000 / (steps - FIRST), case.bound(config.train.seed, range(FIRST, steps))
-    median = {k: statistics.median(v[FIRST:]) for k, v in seconds.items()}
+    step = (ended[counted.stop - 1] - ended[counted.start - 1]) / 1000 / len(counted)
+    bound = case.bound(config.train.seed, counted)
+    median = {k: statistics.median(v[counted.start : counted.stop]) for k, v in seconds.items()}
     return asdict(case) | {
-        "steps": steps - FIRST,
+        "steps": len(counted),
         "step_s": step,
         "bound_s": bound,
         "of_bound": bound / step,
@@ -184,7 +186,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     factor = rows[0]["factor"]
     said = (
         f"Durations times {factor:g}: 8 samples take {ROLLOUT * factor:g} s on a sampler, {REWARD * factor:g} s on a reward "
-        f"replica, {UPDATE * factor:g} s on a train worker. Means of {rows[0]['steps']} steps; loading is for each sampler, and "
-        "the train workers' waiting is rank 0's. Rewards wait in their stage: what Ray Serve adds to it, `reward` measures."
+        f"replica, {UPDATE * factor:g} s on a train worker. Means of {rows[0]['steps']} steps, without the first {FIRST} and the "
+        "last; loading is for each sampler, and the train workers' waiting is rank 0's. Rewards wait in their stage: what "
+        "Ray Serve adds to it, `reward` measures."
     )
     return "\n".join([f"| {' | '.join(HEAD)} |", "| --- |" + " ---: |" * (len(HEAD) - 1), *map(line, rows), "", said])
