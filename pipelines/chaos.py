@@ -133,8 +133,8 @@ def run(
             command.wait_for(step)
             time.sleep(randomly.random() * 3)
             reached, began = newest(place), time.monotonic()
-            if command.process.poll() is not None:
-                break
+            if command.process.poll() is not None or reached >= config.train.steps - 1:
+                break  # there is no next step
             if role == "driver":
                 command.kill()
             elif role == "worker node":

@@ -96,18 +96,23 @@ def predicted(config: AlignConfig, figures: dict[str, float], cores: int | None)
     lag = {number: max(*needs.values(), *more.values()) for number, more in rounds.items()}
     of = needs | rounds[train.policy_lag]
     learning = needs["train workers"]
-    suggested = Pools(least(number * sampling, learning - figures["loading"]), least(number * reward, learning), train.workers)
+    suggested = None
+    if train.policy_lag == 1 and learning > figures["loading"]:
+        enough = Pools(least(number * sampling, learning - figures["loading"]), least(number * reward, learning), train.workers)
+        # With more processes than a step has micro-batches, some would have none.
+        if max(enough.samplers, enough.replicas) <= number and under_way(enough) / 2 <= learning:
+            suggested = enough
     return {
         "stages": of,
         "step": lag,
         "bottleneck": max(of, key=lambda stage: of[stage]),
-        "pools": suggested if train.policy_lag == 1 and under_way(suggested) / 2 <= learning else None,
+        "pools": suggested,
     }
 
 
 def least(seconds: float, within: float) -> int:
     """How many processes do so many seconds' work within others, but for one in a hundred."""
-    return max(1, math.ceil(seconds / max(within, 1e-9) - 0.01))
+    return max(1, math.ceil(seconds / within - 0.01))
 
 
 def report(config: AlignConfig, figures: dict[str, float], found: dict[str, Any]) -> str:

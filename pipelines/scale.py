@@ -148,19 +148,19 @@ def run(case: Case, counted: range, folder: Path) -> dict[str, Any]:
     ended = [e["time"] for e in map(json.loads, (place / METRICS).read_text("utf-8").splitlines()) if "objective" in e["values"]]
     step = (ended[counted.stop - 1] - ended[counted.start - 1]) / 1000 / len(counted)
     bound = case.bound(config.train.seed, counted)
-    median = {k: statistics.median(v[counted.start : counted.stop]) for k, v in seconds.items()}
+    mean = {k: statistics.mean(v[counted.start : counted.stop]) for k, v in seconds.items()}
     return asdict(case) | {
         "steps": len(counted),
         "step_s": step,
         "bound_s": bound,
         "of_bound": bound / step,
         "samples_per_s": case.shares * SAMPLES / step,
-        "publishing_s": median["publishing"],
-        "loading_s": median["loading"] / case.samplers,
+        "publishing_s": mean["publishing"],
+        "loading_s": mean["loading"] / case.samplers,
         "waiting": {
-            "samplers": median["sampling_waiting"] / case.samplers / step,
-            "reward": median["reward_waiting"] / case.replicas / step,
-            "train": median["waiting"] / step,
+            "samplers": mean["sampling_waiting"] / case.samplers / step,
+            "reward": mean["reward_waiting"] / case.replicas / step,
+            "train": mean["waiting"] / step,
         },
     }
 

@@ -112,8 +112,10 @@ def quiet_streams() -> None:
     """Have Ray Data hand on blocks and errors as they are, and say nothing."""
     data = DataContext.get_current()
     data.enable_progress_bars = False
-    # With one task an actor a pool is in full use at 1.0; above that, which is Ray's default, it would never grow.
-    data.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
+    # A sampler of a pool that may grow has room for two tasks. The pool grows when each has one (by Ray's default it never would)
+    # and shrinks when half of them have none.
+    data.autoscaling_config.actor_pool_util_upscaling_threshold = 0.5
+    data.autoscaling_config.actor_pool_util_downscaling_threshold = 0.25
     data.issue_detectors_config.detectors = []  # advice for whoever writes a pipeline, not for who runs this one
     data.target_max_block_size = None  # a block is a micro-batch, however large
     data.raise_original_map_exception = True  # else what a stage says of bad input is lost among Ray's errors

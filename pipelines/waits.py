@@ -32,4 +32,6 @@ def advice(config: AlignConfig, waited: dict[str, float]) -> str:
     busiest = min(waited, key=lambda stage: waited[stage])
     if config.train.policy_lag == 0:
         return f"{shares} of their time; {busiest} least. At train.policy_lag 0 they wait for each other: 1 overlaps them"
-    return f"{shares} of their time; {busiest} least, so more of them ({SETTINGS[busiest]}) help first, given cores for them"
+    shared = config.reward.application if busiest == "rewards" else None
+    setting = f"of the application {shared!r}" if shared else SETTINGS[busiest]
+    return f"{shares} of their time; {busiest} least, so more of them ({setting}) help first, given cores for them"

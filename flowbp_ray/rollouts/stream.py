@@ -13,9 +13,8 @@ from ray.data import ActorPoolStrategy, Dataset
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.stages import Admission, RewardStage, SamplerStage, Timed
 
-#: Micro-batches that wait in the process that admits them: as each takes it no time, Ray Data's own turn between two would be
-#: most of it. A stage that scores has one that waits, and fetches it while the one before is scored and handed on. So has a
-#: sampler at policy_lag 1; at 0, where the step waits for its last sampler, another one may be free for it sooner.
+#: Micro-batches that wait for their policy versions. As admitting takes no time, Ray Data's own turn between two would be
+#: most of it.
 AHEAD = 16
 
 
@@ -35,18 +34,21 @@ def rollouts(
     whole = {"batch_size": None, "batch_format": "numpy"}  # a killed actor is restarted and its task repeated, by default
 
     def pool(size: int, most: int | None = None, *, ahead: int) -> ActorPoolStrategy:
+        # One micro-batch is worked on, and where there is another one it is fetched, or handed on, meanwhile.
         return ActorPoolStrategy(
-            min_size=size,
-            max_size=most or size,
-            max_tasks_in_flight_per_actor=ahead,
-            max_concurrent_calls_per_actor=min(ahead, 2),  # of which one works, and the other is fetched or handed on
+            min_size=size, max_size=most or size, max_tasks_in_flight_per_actor=ahead, max_concurrent_calls_per_actor=ahead
         )
 
+    # Each waits by itself: an actor's tasks may begin in any order, and one that has to wait must not keep one that it waits for.
+    waiting = ActorPoolStrategy(
+        size=1, max_tasks_in_flight_per_actor=AHEAD, max_concurrent_calls_per_actor=AHEAD, enable_true_multi_threading=True
+    )
     return (
-        source.map_batches(Admission, fn_constructor_args=(config, store), compute=pool(1, ahead=AHEAD), num_cpus=0.01, **whole)
+        source.map_batches(Admission, fn_constructor_args=(config, store), compute=waiting, num_cpus=0.01, **whole)
         .map_batches(
             sampler,
             fn_constructor_args=(config, prompts, store),
+            # At lag 0 a step waits for its last micro-batch, for which another sampler may be free sooner.
             compute=pool(cluster.samplers, cluster.max_samplers, ahead=1 + config.train.policy_lag),
             num_cpus=cluster.sampler_cpus,
             num_gpus=cluster.sampler_gpus,

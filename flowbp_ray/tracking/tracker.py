@@ -207,7 +207,8 @@ class Tracker:
         return sorted(int(f.name) for f in (self.folder / PREVIEWS).glob("[0-9]*"))
 
     def _pictures(self, version: int) -> list[tuple[str, np.ndarray]]:
-        return [(f.stem, np.asarray(Image.open(f))) for f in sorted(self._previews(version).glob("*.png"))]
+        files = sorted(self._previews(version).glob("*.png"), key=lambda file: int(file.name.partition(" ")[0]))
+        return [(f.stem, np.asarray(Image.open(f))) for f in files]
 
     def _show(self, version: int) -> None:
         for name, picture in self._pictures(version):

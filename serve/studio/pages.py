@@ -275,7 +275,7 @@ async def choose(request: Request, front: Visited, number: str) -> dict[str, boo
 
 def shown(name: str) -> str:
     """What people are told of a name in the file of choices."""
-    return label(name.removeprefix(BASE))
+    return label(name.removeprefix(BASE)) or "base"  # of choices that an earlier version of this package noted
 
 
 @router.get("/results")

@@ -46,6 +46,8 @@ def test_where_more_processes_do_not_help_none_are_suggested():
     few = predicted(load(SPARSE, ["train.batch=32", "train.micro_batch=16"]), FIGURES | {"update": 0.5}, None)
     assert few["pools"] is None  # 2 micro-batches: a step alone is 5 s, of which 1 s is learning
     assert "more of them would help" in report(CONFIG, FIGURES, few)
+    for loading in (7.999, 8.0, 9.0):  # a step's learning takes 8 s
+        assert predicted(CONFIG, FIGURES | {"loading": loading}, None)["pools"] is None
     in_turn = load(SPARSE, ["train.policy_lag=0", "train.batch=32", "train.micro_batch=4"])
     found = predicted(in_turn, FIGURES, None)
     assert found["bottleneck"] == "one step by itself"

@@ -21,4 +21,6 @@ def test_the_stage_that_waits_least_is_named_and_what_to_set():
     said = advice(load(SPARSE, ["train.policy_lag=1"]), waited)
     assert said.startswith("samplers 20 %, rewards 90 %, train workers 40 % of their time; samplers least")
     assert "cluster.samplers" in said
+    shared = load(SPARSE, ["train.policy_lag=1", "reward.application=ours"])
+    assert "more of them (of the application 'ours')" in advice(shared, waited | {"rewards": 0.0})
     assert "1 overlaps them" in advice(load(SPARSE, ["train.policy_lag=0"]), waited)

@@ -58,6 +58,15 @@ def test_prompts_are_as_they_were_given_whatever_file_names_take(folder):
     (run.folder / "previews" / "000000" / "prompts.json").write_text(json.dumps(given))
     (run,) = runs(folder)
     assert [prompt for prompt, _ in run.prompts] == given
+
+
+def test_more_than_a_hundred_prompts_have_their_own_pictures(folder):
+    (run,) = runs(folder)
+    for number in range(2, 102):
+        picture(run.folder / "previews" / "000000" / f"{number:02d} prompt {number}.png")
+    (run.folder / "previews" / "000000" / "prompts.json").write_text(json.dumps([f"prompt {n}" for n in range(102)]))
+    (run,) = runs(folder)
+    assert [name.partition(" ")[0] for _, name in run.prompts] == [f"{n:02d}" for n in range(102)]
     assert run.prompts[0][1] == "00 a red ring.png"
 
 

@@ -11,8 +11,17 @@ async function ask(path, body, signal) {
     body: JSON.stringify(body),
     signal,
   });
-  if (answer.redirected) location.assign(`${root}/login`);
-  const said = await answer.json().catch(() => ({ detail: `The service answers ${answer.status}: ask again, or see its log.` }));
+  if (answer.redirected) {
+    location.assign(`${root}/login`);
+    throw new Error("Log in again.");
+  }
+  let said;
+  try {
+    said = await answer.json();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error(`The service answers ${answer.status}: ask again, or see its log.`);
+  }
   if (!answer.ok) throw new Error(said.error ? said.error.message : JSON.stringify(said.detail));
   return said;
 }
@@ -41,6 +50,7 @@ function comparing(form) {
   }
 
   async function draw(again) {
+    clearTimeout(settling); // what it would draw again is drawn now
     latest.abort(); // nobody waits for those any more
     const mine = latest = new AbortController(), data = new FormData(form);
     const prompt = data.get("prompt"), strength = Number(data.get("strength"));
