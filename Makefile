@@ -26,7 +26,7 @@ demo: .venv/ready ## align the embedded default on a local Ray cluster and show 
 test: .venv/ready ## fast tests and the end-to-end ones, at most 20 minutes
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-all: .venv/ready ## everything, at most 60 minutes
+test-all: .venv/ready ## everything, which takes over an hour on two cores
 	$(BIN)/python -m pytest
 
 check: .venv/ready ## ruff and mypy
