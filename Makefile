@@ -26,8 +26,9 @@ demo: .venv/ready ## align the embedded default on a local Ray cluster and show 
 test: .venv/ready ## fast tests and the end-to-end ones, at most 20 minutes
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-all: .venv/ready ## everything, which takes over an hour on two cores
-	$(BIN)/python -m pytest
+# Each file in a process of its own: many start clusters of their own.
+test-all: test ## everything, which takes over an hour on two cores
+	for file in $$(grep -rl mark.slow tests --include='test_*.py'); do $(BIN)/python -m pytest -m slow $$file || exit 1; done
 
 check: .venv/ready ## ruff and mypy
 	$(BIN)/ruff check .
