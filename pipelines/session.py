@@ -37,10 +37,16 @@ def bound_memory() -> None:
 
 
 def connect(config: AlignConfig) -> None:
-    """Join the cluster of RAY_ADDRESS (every Ray job has it), else start one here. ConfigError if it is too small."""
+    """Join the cluster of RAY_ADDRESS (every Ray job has it), else start one here. ConfigError if it is too small, or if what a
+    submitted job makes would be lost."""
     variables = {"OMP_NUM_THREADS": str(config.cluster.threads), "TRANSFORMERS_VERBOSITY": "error"}
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {}).get("env_vars", {})
-    quiet = {"env_vars": {k: v for k, v in variables.items() if k not in job}}  # Ray refuses what a job has set itself
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    quiet = {"env_vars": {k: v for k, v in variables.items() if k not in job.get("env_vars", {})}}  # Ray refuses a job's own
+    if "working_dir" in job and config.output.is_relative_to(Path.cwd()):
+        raise ConfigError(
+            f"output is {config.output}, in the temporary copy of the working directory that a submitted job has: give the whole "
+            "path of a folder elsewhere, which all machines see"
+        )
     for library in ("ray.serve", "ray.data"):
         logging.getLogger(library).setLevel(logging.ERROR)
     if os.environ.get("RAY_ADDRESS"):
@@ -52,8 +58,6 @@ def connect(config: AlignConfig) -> None:
         ray.init(
             address="local", num_cpus=cpus, include_dashboard=False, runtime_env=quiet, log_to_driver=False, logging_level="error"
         )
-        # Handles only. A cluster's Serve is left as it is, or as it starts by itself: others use it too, over HTTP.
-        serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
     there = ray.cluster_resources()
     for kind, number in config.reserved().items():
         if number > there.get(kind, 0):
@@ -61,6 +65,9 @@ def connect(config: AlignConfig) -> None:
                 f"the processes of this configuration need {number:g} {kind}s: the cluster has {there.get(kind, 0):g}"
             )
     check_machines(config)
+    if not os.environ.get("RAY_ADDRESS"):
+        # Handles only. A cluster's Serve is left as it is, or as it starts by itself: others use it too, over HTTP.
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
 
 
 def check_machines(config: AlignConfig) -> None:

@@ -74,7 +74,7 @@ class GenEval(nn.Module):
     ) -> None:
         super().__init__()
         self.detector, found = Mask2FormerForUniversalSegmentation.from_pretrained(
-            detector, dtype=torch.float32, output_loading_info=True
+            detector, dtype=torch.float32, output_loading_info=True, use_safetensors=True
         )
         if missing := sorted(set(found["missing_keys"]) & {name for name, _ in self.detector.named_parameters()}):
             raise ValueError(f"{detector} is no Mask2Former: it has no {missing[0]}")

@@ -50,7 +50,7 @@ def pretrained(source: str | Path, dtype: torch.dtype = torch.float32) -> CLIPMo
 
     (transformers makes up what is missing, with no more than a line in the log, and the scores are noise.)
     """
-    model, found = CLIPModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    model, found = CLIPModel.from_pretrained(source, dtype=dtype, output_loading_info=True, use_safetensors=True)
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"{source} is no CLIPModel: it has no {missing[0]}")
     return model.requires_grad_(False).eval()

@@ -54,13 +54,12 @@ class TrackedRun:
     def go_on(self, config: dict) -> None:
         """Log the run's ``config``, the resolved one, of plain values, or go on with a run that has one.
 
-        A password in ``tracking.uri`` is not kept. A continued run keeps the parameters it started with; the tag
+        Passwords in URIs are not kept. A continued run keeps the parameters it started with; the tag
         ``continued_with_other`` names the settings that are different now. mlflow.MlflowException if there is no such run or the
         store fails.
         """
-        if configured := config["tracking"]["uri"]:
-            config = config | {"tracking": config["tracking"] | {"uri": masked(configured)}}
-        parameters, text = flattened(config), yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        text = masked(yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+        parameters = flattened(yaml.safe_load(text))
         tags = {"method": config["surrogate"]["method"], "model": config["model"]["path"], **code_version(CHECKOUT)}
         run = self._client.get_run(self.run_id)
         if run.data.params:

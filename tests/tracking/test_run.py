@@ -223,10 +223,13 @@ def test_what_cannot_be_continued_or_started(start):
 
 
 def test_no_password_in_what_is_kept_or_a_person_is_told(start, client):
-    run = start(CONFIG | {"tracking": {"experiment": "e", "uri": "postgresql://me:secret/word@host/db"}})
+    storage = {"storage": "s3://key:secret@bucket/runs"}
+    run = start(CONFIG | {"tracking": {"experiment": "e", "uri": "postgresql://me:secret/word@host/db"}, "train": storage})
     assert client.get_run(run.run_id).data.params["tracking.uri"] == "postgresql://me:***@host/db"
     config = Path(client.download_artifacts(run.run_id, "resolved_config.yaml"))
     assert yaml.safe_load(config.read_text())["tracking"] == {"experiment": "e", "uri": "postgresql://me:***@host/db"}
+    assert client.get_run(run.run_id).data.params["train.storage"] == "s3://key:***@bucket/runs"
+    assert "secret" not in config.read_text()
     run.uri = "https://me:secret@tracking/"
     assert run.info()["page"].startswith("https://me:***@tracking/#/experiments/")
     run.uri = "postgresql://me:secret@host/db"
