@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import socket
 import tempfile
 import threading
@@ -88,6 +89,9 @@ def loaded(at: str, folder: Path, clients: int, seconds: float, told: Callable[[
     references = {key: draw(at, *key) for key in asked}
     alone = len(asked) / (time.perf_counter() - began)
     others = {seed: draw(at, OTHER, seed) for seed in range(SEEDS)}
+    apart = min(np.abs(a - b).max() for a, b in itertools.combinations([*references.values(), *others.values()], 2))
+    if apart <= 1:
+        raise RuntimeError(f"two of the pictures are {apart} levels apart: a wrong one would not be told")
     seen, until = Load(), time.monotonic() + seconds
     lock = threading.Lock()
 

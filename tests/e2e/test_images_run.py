@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import shutil
 import threading
 import time
@@ -165,6 +166,8 @@ def test_metrics_of_the_replicas_are_there(client, url):
 def test_no_picture_is_wrong_while_a_replica_is_killed_and_an_adapter_is_replaced(client, store):
     """Eight clients over four adapters, two of which a replica holds; then the loose one is another one, and a replica dies."""
     references = {(m, s): draw(client, m, s)[0][0] for m in (*NAMES, "other") for s in range(3)}
+    apart = [np.abs(a - b).max() for a, b in itertools.combinations(references.values(), 2)]
+    assert min(apart) > 1  # else a wrong one would not be told
     wrong, done, replaced = [], [], threading.Event()
 
     def ask(number):

@@ -32,6 +32,13 @@ def test_several_machines_need_a_tracking_server_and_a_folder_that_all_see(two, 
         session.check_machines(served)
 
 
+def test_a_submitted_job_keeps_nothing_in_its_temporary_copy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"working_dir": "gcs://package.zip"}}')
+    with pytest.raises(ConfigError, match=rf"output is {tmp_path}/runs, in the temporary copy of the working directory"):
+        session.connect(load(SPARSE, ["output=runs"]))
+
+
 def test_a_machine_that_does_not_see_a_folder_is_found(two, tmp_path, monkeypatch):
     monkeypatch.setattr(session.os.path, "exists", lambda path: False)
     assert session.blind_to(tmp_path, two) == ["one", "two"]

@@ -1,9 +1,13 @@
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
+from flowbp_ray.rewards import checkpoints
 from flowbp_ray.rewards.clip import CLIPScore, pixel_values
 from flowbp_ray.shapes.build.preference_model import Size, new_clip
 from flowbp_ray.shapes.build.text import clip_tokenizer
@@ -39,6 +43,31 @@ def test_another_size_is_resized_and_cropped_as_clip_does_to_five_levels(shape):
     ours = pixel_values(torch.from_numpy(picture.copy()).permute(2, 0, 1)[None] / 255, 64)[0]
     assert ours.shape == (3, 64, 64)
     assert (ours - processed(picture, 64)).abs().max() <= 5 / 255 / 0.26  # PIL rounds and clips
+
+
+class Spy:
+    """What a pickle can do."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def test_nothing_in_a_folder_or_a_checkpoint_is_run(folder, tmp_path):
+    mark, pickled = tmp_path / "was here", tmp_path / "pickled"
+    shutil.copytree(folder, pickled)
+    (pickled / "model.safetensors").unlink()
+    for file in (pickled / "pytorch_model.bin", tmp_path / "checkpoint.pt"):
+        torch.save({"logit_scale": Spy(mark)}, file)
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        CLIPScore(pickled)
+    with pytest.raises(ValueError, match="is no file of weights"):
+        checkpoints.read(tmp_path / "checkpoint.pt")
+    assert not mark.exists()
+    torch.load(tmp_path / "checkpoint.pt", weights_only=False)
+    assert mark.exists()  # so it would have been
 
 
 def test_scores_are_logit_scale_times_cosine(folder):

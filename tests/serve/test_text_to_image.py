@@ -1,14 +1,17 @@
 """What the service makes of requests and names; adapters never mix. tests/e2e/test_images_run.py asks the real service."""
 
+import asyncio
 import gc
 import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 from fastapi import HTTPException
 from mlflow import MlflowClient
 
+from flowbp_ray import backbones
 from flowbp_ray.backbones.sd3 import SD3Backbone
 from flowbp_ray.pictures import file_of, to_uint8
 from flowbp_ray.training import EXPORT_FILE, adapter
@@ -139,10 +142,8 @@ def test_png_is_exact():
     np.testing.assert_array_equal(read, picture)
 
 
-@pytest.fixture
-def adapters(tiny_pipeline, tmp_path):
+def adapters_of(backbone, tmp_path):
     """Folders of three adapters that are far apart."""
-    backbone = SD3Backbone.from_pretrained(tiny_pipeline)
     targets = backbone.lora_targets(backbone.transformer)
     adapter.add_adapter(backbone, rank=2, alpha=2.0, targets=targets, seed=0)
     fresh, folders = adapter.read(backbone.transformer), {}
@@ -153,11 +154,20 @@ def adapters(tiny_pipeline, tmp_path):
 
 
 @pytest.fixture
-def painter(tiny_pipeline, monkeypatch):
+def adapters(tiny_pipeline, tmp_path):
+    return adapters_of(SD3Backbone.from_pretrained(tiny_pipeline), tmp_path)
+
+
+def painter_of(path, monkeypatch):
     """A replica's object, without Serve around it."""
     quiet = SimpleNamespace(Counter=lambda *_, **__: SimpleNamespace(inc=lambda **_: None))
     monkeypatch.setattr("serve.painter.metrics", quiet)
-    return Painter(Painting.model_validate({"model": {"path": str(tiny_pipeline)}}), "sqlite:////nowhere.db")
+    return Painter(Painting.model_validate({"model": {"path": str(path)}}), "sqlite:////nowhere.db")
+
+
+@pytest.fixture
+def painter(tiny_pipeline, monkeypatch):
+    return painter_of(tiny_pipeline, monkeypatch)
 
 
 def named(folder):
@@ -193,6 +203,43 @@ def test_adapters_that_are_sampled_at_once_never_mix(painter, adapters, tiny_pip
     assert not wrong
     half = painter.sample(held["a0"], [picture._replace(strength=0.0)])
     assert np.abs(half.astype(int) - references["base"]).max() <= 1
+
+
+@pytest.mark.parametrize("family", [tiny.flux1, tiny.flux2, tiny.z_image])
+def test_every_family_is_served_as_it_samples_by_itself(family, tmp_path, monkeypatch):
+    path = tiny.saved(family, tmp_path / "model")
+    folders = adapters_of(backbones.load(path), tmp_path)
+    painter = painter_of(path, monkeypatch)
+    picture = Picture("a red ring", 3, 1.0, 2, 2.0, 32, 32)
+
+    def alone(folder):
+        own = backbones.load(path)
+        if folder:
+            own.pipeline.load_lora_weights(folder)
+        return to_uint8(own.sample([picture.prompt], [3], steps=2, guidance_scale=2.0, height=32, width=32)).astype(int)
+
+    base, first, second = alone(None), alone(folders["a0"]), alone(folders["a1"])
+    assert min(np.abs(base - first).max(), np.abs(first - second).max()) > 10
+    held = [painter.fetched(named(folders[name])) for name in ("a0", "a1")]
+    for by, strength, right in ((held[0], 1.0, first), (held[1], 1.0, second), (None, 1.0, base), (held[0], 0.0, base)):
+        assert np.abs(painter.sample(by, [picture._replace(strength=strength)]) - right).max() <= 1
+
+
+def test_pictures_are_sampled_together_if_they_agree_in_all_but_prompt_and_seed(painter):
+    sampled, one = [], Picture("a red ring", 0, 1.0, 2, 2.0, 64, 64)
+
+    def sample(by, pictures):
+        sampled.append([(by and by.name, *picture) for picture in pictures])
+        return np.array([picture.seed for picture in pictures])
+
+    painter.sample = sample
+    others = [{"strength": 0.5}, {"steps": 3}, {"guidance_scale": 1.0}, {"height": 32}, {"width": 32}]
+    asked = [(None, one._replace(prompt=f"{n} rings", seed=n)) for n in range(10)]
+    asked += [(None, one._replace(seed=10 + n, **other)) for n, other in enumerate(others)]
+    asked += [(SimpleNamespace(name="mine"), one._replace(seed=15))]
+    answers = asyncio.run(Painter.batched.__wrapped__(painter, asked))  # what `serve.batch` calls, which only works in a replica
+    assert [int(answer) for answer in answers] == list(range(16))
+    assert sorted(map(len, sampled)) == [1] * 6 + [2, 8]  # at most 8 together
 
 
 def test_an_adapter_that_nothing_uses_is_dropped_and_can_be_had_again(painter, adapters):

@@ -1,10 +1,13 @@
 """Choices between two pictures: each counts once, whichever side it was on."""
 
+import asyncio
 import threading
+from types import SimpleNamespace
 
 import pytest
 from scipy.stats import binomtest
 
+from serve.studio import pages
 from serve.studio.votes import Pair, Votes, wilson
 
 
@@ -23,6 +26,25 @@ def test_a_model_wins_on_either_side(votes):
     assert standing[:5] == ("a", "b", 3, 1, 1)
     assert standing.rate == 0.75
     assert (standing.low, standing.high) == wilson(3, 4)
+
+
+def test_a_pair_is_in_random_order(votes, monkeypatch):
+    async def match(request, megabytes):
+        return b'{"model": "base", "other": "mine"}'
+
+    async def resolved(name):
+        return "" if name == "base" else name
+
+    monkeypatch.setattr(pages, "body", match)
+    studio = pages.Studio(votes=votes.file)
+    front = SimpleNamespace(resolved=resolved, settings=SimpleNamespace(studio=studio, base="shapes"))
+
+    async def pair():
+        made = await pages.new_pair(None, front)
+        return votes.pair(made["id"])
+
+    orders = {(one.left, one.right) for one in (asyncio.run(pair()) for _ in range(64))}  # or once in 2e19
+    assert orders == {("base:shapes", "mine"), ("mine", "base:shapes")}
 
 
 def test_the_model_that_was_chosen_more_often_is_first(votes):
