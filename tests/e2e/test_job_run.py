@@ -84,14 +84,17 @@ def test_the_readmes_commands_twice_in_a_row_and_a_job_that_is_stopped(account):
     first = account(*exports, short)
     assert "| **mean** |" in first.stdout
     # Whatever a run of this account has left, such as a token, the same commands work again.
-    again = account(*exports, short)
+    environment = json.dumps({"env_vars": {"MLFLOW_TRACKING_URI": f"sqlite:///{account.home}/other.db", "OMP_NUM_THREADS": "1"}})
+    again = account(*exports, short.replace(" --working-dir", f" --runtime-env-json '{environment}' --working-dir"))
     assert "| **mean** |" in again.stdout
+    assert (account.home / "other.db").exists()  # what the job's environment says reaches its processes
     runs = account.home / ".flowbp_ray" / "runs"
     assert len(list(runs.iterdir())) == 2
     assert (account.home / ".flowbp_ray" / "mlflow.db").exists()
 
     refused = account(*exports, f"{submit} cluster.sampler_gpus=1", check=False)
     assert refused.returncode != 0
+    assert "failed with exit code 2" in refused.stdout + refused.stderr
     assert "the processes of this configuration need 2 GPUs: the cluster has 0" in refused.stdout + refused.stderr
 
     named = submit.replace("ray job submit", "ray job submit --no-wait --submission-id stopped")
@@ -114,6 +117,10 @@ def test_the_readmes_commands_twice_in_a_row_and_a_job_that_is_stopped(account):
     assert "rewards-" in account(*exports, "serve status").stdout
     os.kill(driver, signal.SIGKILL)
     wait_for(lambda: "rewards-" not in account(*exports, "serve status").stdout, time.monotonic() + 120)
+    reached = kept.steps
+    account(*exports, longer.replace("id stopped", "id third"))
+    wait_for(lambda: kept.steps > reached, time.monotonic() + 400)
+    account(*exports, "ray job stop third")
 
     # The reward service of the same cluster, over HTTP.
     account(*exports, "serve deploy configs/serve/rewards.yaml")
@@ -123,6 +130,13 @@ def test_the_readmes_commands_twice_in_a_row_and_a_job_that_is_stopped(account):
     with pytest.raises(urllib.error.HTTPError, match="401"):
         score("other")
     account(*exports, commands[-1])
+
+    # The same where `make demo`, which runs this, was there first and may have left a token.
+    demo = f"export HOME={account.home}/demo"
+    account(demo, "mkdir $HOME", f"python -m pipelines.align configs/shapes/sparse.yaml train.steps=2 {' '.join(SMALL)}")
+    account(demo, *commands[1 : start + 1])
+    assert "| **mean** |" in account(demo, *exports, short).stdout
+    account(demo, *exports, commands[-1])
 
 
 def running(status):

@@ -1,7 +1,10 @@
 """The stream of rollouts on a real cluster, between stages that only wait."""
 
 import asyncio
+import contextlib
+import time
 
+import pytest
 import ray
 from ray.data import DataContext
 
@@ -12,6 +15,24 @@ from pipelines.stand_ins import Pace, Reward, Sampler, paced
 
 PACE = Pace(rollout=0.01, reward=0.01, update=0.0, sample_bytes=1024)
 LAST = 3
+
+
+@contextlib.contextmanager
+def streaming():
+    """In order, as in a run."""
+    context = DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    with DataContext.current(context):
+        yield
+
+
+def stream(lag, store, parts=1, sampler=Sampler):
+    """Of steps 0 to LAST, each of so many micro-batches."""
+    settings = {"train.policy_lag": lag, "train.batch": 2 * parts, "train.micro_batch": 2, "train.steps": LAST + 1}
+    settings |= {"cluster.samplers": 1, "cluster.sampler_cpus": 0.1}
+    config = load(SPARSE, [f"{key}={value}" for key, value in settings.items()])
+    return rollouts(config, ["a red ring"], store, "", sampler=paced(sampler, PACE), reward=paced(Reward, PACE))
 
 
 def test_a_micro_batch_that_waits_for_its_version_keeps_no_other_one(cluster):
@@ -33,15 +54,41 @@ def test_a_micro_batch_that_waits_for_its_version_keeps_no_other_one(cluster):
         async def fetch(self, version):
             return []
 
-    settings = {"train.policy_lag": 0, "train.batch": 2, "train.micro_batch": 2, "train.steps": LAST + 1}
-    settings |= {"cluster.samplers": 1, "cluster.sampler_cpus": 0.1}
-    config = load(SPARSE, [f"{key}={value}" for key, value in settings.items()])
     store = ray.remote(Reversed).options(num_cpus=0).remote()
-    context = DataContext.get_current().copy()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    with DataContext.current(context):
-        stream = rollouts(config, ["a red ring"], store, "", sampler=paced(Sampler, PACE), reward=paced(Reward, PACE))
-        steps = [int(block["step"][0]) for block in stream.iter_batches(batch_size=None)]
+    with streaming():
+        blocks = stream(0, store).iter_batches(batch_size=None)
+        steps = [int(block["step"][0]) for block in blocks]
     ray.kill(store)
     assert steps == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_no_more_is_sampled_than_the_steps_that_may_be_under_way(cluster, tmp_path, lag):
+    """However long nobody learns from them: that is what bounds the object store."""
+
+    class First:
+        """A policy store that never has more than the first version."""
+
+        async def admit(self, version):
+            while version > 0:
+                await asyncio.sleep(1)
+
+        async def fetch(self, version):
+            return []
+
+    class Noted(Sampler):
+        """Leaves a file for each micro-batch."""
+
+        def work(self, block):
+            (tmp_path / str(block["number"][0])).touch()
+            return super().work(block)
+
+    store = ray.remote(First).options(num_cpus=0).remote()
+    with streaming():
+        blocks = iter(stream(lag, store, parts=2, sampler=Noted).iter_batches(batch_size=None, prefetch_batches=0))
+        steps = [int(next(blocks)["step"][0]) for _ in range(2 * (lag + 1))]
+        time.sleep(2)
+    assert steps == sorted([*range(lag + 1)] * 2)
+    assert len(list(tmp_path.iterdir())) == len(steps)
+    ray.kill(store)
+    del blocks

@@ -10,10 +10,11 @@ from ray import serve
 from flowbp_ray import shapes
 from flowbp_ray.backbones.sd3 import SD3Backbone
 from flowbp_ray.config import load
+from flowbp_ray.config.reward import Replicas
 from flowbp_ray.pictures import to_uint8
 from flowbp_ray.rewards.clip import CLIPScore
 from flowbp_ray.rewards.objective import Component, objective
-from serve.rewards import application
+from serve.rewards import RewardModel, application, deployed
 
 PROMPTS = ["a red ring", "three circles", "a blue square left of a cross"]
 CONFIG = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
@@ -34,6 +35,12 @@ def latents():
 
 def ask(service, latents, prompts):
     return service.score.remote(latents, prompts).result(timeout_s=120)
+
+
+def test_replicas_come_and_go_within_their_bounds():
+    scaling = deployed(RewardModel, "one", Replicas(replicas=1, max_replicas=4), at_once=3)._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 3)
+    assert deployed(RewardModel, "one", Replicas(replicas=2))._deployment_config.autoscaling_config is None
 
 
 def test_the_service_answers_what_the_objective_is_here(service, latents):
