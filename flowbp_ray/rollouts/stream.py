@@ -34,7 +34,8 @@ def rollouts(
     whole = {"batch_size": None, "batch_format": "numpy"}  # a killed actor is restarted and its task repeated, by default
 
     def pool(size: int, most: int | None = None, *, ahead: int) -> ActorPoolStrategy:
-        # One micro-batch is worked on, and where there is another one it is fetched, or handed on, meanwhile.
+        # One micro-batch is worked on, and where there is another one it is fetched, or handed on, meanwhile. A process without
+        # one waits for Ray Data's executor, which looks for what is done each 0.1 s as long as anything is not.
         return ActorPoolStrategy(
             min_size=size, max_size=most or size, max_tasks_in_flight_per_actor=ahead, max_concurrent_calls_per_actor=ahead
         )
@@ -43,13 +44,14 @@ def rollouts(
     waiting = ActorPoolStrategy(
         size=1, max_tasks_in_flight_per_actor=AHEAD, max_concurrent_calls_per_actor=AHEAD, enable_true_multi_threading=True
     )
+    # At lag 0 a step waits for its last micro-batch, for which another sampler may be free sooner.
+    spare = config.train.policy_lag == 0 and cluster.samplers > 1
     return (
         source.map_batches(Admission, fn_constructor_args=(config, store), compute=waiting, num_cpus=0.01, **whole)
         .map_batches(
             sampler,
             fn_constructor_args=(config, prompts, store),
-            # At lag 0 a step waits for its last micro-batch, for which another sampler may be free sooner.
-            compute=pool(cluster.samplers, cluster.max_samplers, ahead=1 + config.train.policy_lag),
+            compute=pool(cluster.samplers, cluster.max_samplers, ahead=1 if spare else 2),
             num_cpus=cluster.sampler_cpus,
             num_gpus=cluster.sampler_gpus,
             **whole,
