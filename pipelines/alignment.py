@@ -37,7 +37,7 @@ from pipelines.causes import clean_up, lost, reason
 from pipelines.runs import Kept
 from pipelines.session import Session, on_this_node, progress, session
 
-PATIENCE = 180  # seconds without a first step, after which the user is told what may be missing
+PATIENCE = 180  # seconds without a step, or ten times the longest so far, after which the user is told what may be missing
 
 
 @dataclass(frozen=True)
@@ -210,14 +210,18 @@ def attempt(
     running = ray.remote(num_cpus=0, max_retries=0, max_calls=1, scheduling_strategy=on_this_node())(TorchTrainer.fit).remote(
         trainer
     )
-    began, told, said, reached = time.monotonic(), False, 0, bar.n
+    began, told, said, reached, longest = time.monotonic(), False, 0, bar.n, 0.0
     try:
         while not ray.wait([running], timeout=0.5)[0]:
             said = look(bar, at.tracker, said)
             kept.copy()
-            if bar.n == reached and not told and time.monotonic() - began > PATIENCE:
+            since = time.monotonic() - began
+            if bar.n > reached:
+                began, told, reached, longest = began + since, False, bar.n, max(longest, since)
+            elif not told and since > max(PATIENCE, 10 * longest):
                 told = True
-                bar.write(f"no step yet: {config.reserved()} are needed, free are {ray.available_resources()}", sys.stderr)
+                missing = f"{config.reserved()} are needed, free are {ray.available_resources()}"
+                bar.write(f"no step for {since:.0f} seconds: {missing}", sys.stderr)
         look(bar, at.tracker, said)
     except BaseException:
         ray.cancel(running, force=True)

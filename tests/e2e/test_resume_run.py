@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -134,7 +135,7 @@ def test_other_numbers_of_workers_and_samplers_go_on_to_the_same_weights_from_ch
     assert points(config)["images"] == ["0", "2", "3"]
 
 
-def test_samplers_come_while_there_is_room_and_the_weights_are_the_same(cluster, tmp_path, monkeypatch):
+def test_samplers_come_while_there_is_room_and_the_weights_are_the_same(cluster, tmp_path, monkeypatch, capsys):
     config, seen, look = configured(tmp_path, "cluster.max_samplers=3", "train.micro_batch=1"), [], alignment.look
 
     def watched(bar, tracker, said):
@@ -143,8 +144,10 @@ def test_samplers_come_while_there_is_room_and_the_weights_are_the_same(cluster,
 
     with monkeypatch.context() as patched:
         patched.setattr(alignment, "look", watched)
+        patched.setattr(alignment, "PATIENCE", 0)
         align(config, tmp_path / "run")
     assert max(seen) > 1
+    assert re.search(r"no step for \d seconds: \{'CPU': .*\} are needed, free are", capsys.readouterr().err)
     fixed = align(configured(tmp_path / "fixed", "train.micro_batch=1"), tmp_path / "fixed" / "run")
     one, two = final(fixed.folder), final(tmp_path / "run")
     assert all(torch.equal(one[name], two[name]) for name in one)
