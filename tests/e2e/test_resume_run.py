@@ -116,6 +116,18 @@ def test_interrupted_at_every_step_in_turn_it_ends_as_the_undisturbed_run(undist
     assert [steps[i] for i in began if steps[i] not in reached] == []
 
 
+def test_two_workers_go_on_to_the_weights_that_they_would_have_had(cluster, tmp_path, monkeypatch):
+    weights = []
+    for name in ("undisturbed", "interrupted"):
+        config, folder = configured(tmp_path / name, "train.workers=2"), tmp_path / name / "run"
+        if name == "interrupted":
+            interrupted(config, folder, 0, monkeypatch)
+        align(config, folder)
+        weights.append(final(folder))
+    one, two = weights
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_other_numbers_of_workers_and_samplers_go_on_to_the_same_weights_from_checkpoints_elsewhere(
     undisturbed, tmp_path, monkeypatch
 ):
