@@ -34,7 +34,7 @@ def rollouts(
     whole = {"batch_size": None, "batch_format": "numpy"}  # a killed actor is restarted and its task repeated, by default
 
     def pool(size: int, most: int | None = None, *, ahead: int) -> ActorPoolStrategy:
-        # One micro-batch is worked on, and where there is another one it is fetched, or handed on, meanwhile. A process without
+        # One micro-batch is worked on, and where there are others they are fetched, or handed on, meanwhile. A process without
         # one waits for Ray Data's executor, which looks for what is done each 0.1 s as long as anything is not.
         return ActorPoolStrategy(
             min_size=size, max_size=most or size, max_tasks_in_flight_per_actor=ahead, max_concurrent_calls_per_actor=ahead
@@ -59,7 +59,7 @@ def rollouts(
         .map_batches(
             reward,
             fn_constructor_args=(config, application),
-            compute=pool(cluster.rewards.most, ahead=2),
+            compute=pool(cluster.rewards.most, ahead=4),
             num_cpus=0.01,
             **whole,
         )
