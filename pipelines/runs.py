@@ -158,11 +158,9 @@ class Kept:
         """The last checkpoint that is whole. Ray Train lists it when all of it is there."""
         listed = self._read(LIST) or self._read(COPY)
         latest = None if listed is None else listed["latest_checkpoint_result"]
-        return (
-            None
-            if latest is None
-            else Newest(masked(f"{self.path}/{latest['checkpoint_dir_name']}"), latest["metrics"]["version"])
-        )
+        if latest is None:
+            return None
+        return Newest(masked(f"{self.path}/{latest['checkpoint_dir_name']}"), latest["metrics"]["version"])
 
     @property
     def steps(self) -> int:

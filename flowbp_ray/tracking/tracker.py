@@ -36,6 +36,11 @@ AGAIN = 30.0  # seconds until a server that did not answer is asked again
 AT_THE_END = 60.0  # seconds that the end of a run waits for it
 
 
+def preview_files(folder: Path) -> list[Path]:
+    """The pictures of the fixed prompts after some steps, in the prompts' order, whose number each name begins with."""
+    return sorted(folder.glob("*.png"), key=lambda file: int(file.name.partition(" ")[0]))
+
+
 class Tracker:
     """The `TrackedRun` of a folder, for processes elsewhere: a new one, or the one that the folder has."""
 
@@ -207,8 +212,7 @@ class Tracker:
         return sorted(int(f.name) for f in (self.folder / PREVIEWS).glob("[0-9]*"))
 
     def _pictures(self, version: int) -> list[tuple[str, np.ndarray]]:
-        files = sorted(self._previews(version).glob("*.png"), key=lambda file: int(file.name.partition(" ")[0]))
-        return [(f.stem, np.asarray(Image.open(f))) for f in files]
+        return [(f.stem, np.asarray(Image.open(f))) for f in preview_files(self._previews(version))]
 
     def _show(self, version: int) -> None:
         for name, picture in self._pictures(version):

@@ -10,7 +10,7 @@ import yaml
 from pyarrow import parquet
 
 from flowbp_ray.rollouts.stages import picture_file
-from flowbp_ray.tracking.tracker import PREVIEWS, PROMPTS
+from flowbp_ray.tracking.tracker import PREVIEWS, PROMPTS, preview_files
 from pipelines.report import rendered
 from pipelines.runs import BEGAN, CONFIG
 
@@ -56,7 +56,7 @@ class Run:
     def prompts(self) -> list[tuple[str, str]]:
         """The fixed prompts, and their pictures' file names, which are the same after any number of steps."""
         first = self.folder / PREVIEWS / f"{self.versions[0]:06d}"
-        files = sorted(first.glob("*.png"), key=lambda file: int(file.name.partition(" ")[0]))
+        files = preview_files(first)
         if (first / PROMPTS).exists():
             texts = json.loads((first / PROMPTS).read_text("utf-8"))
         else:  # of an earlier version of this package
