@@ -151,7 +151,10 @@ class Kept:
         self.storage = config.train.storage
         at, question, options = self.storage.partition("?")  # as of s3://bucket/folder?endpoint_override=…
         self.path = f"{at.rstrip('/')}/{folder.name}"
-        self.filesystem, self.root = fs.FileSystem.from_uri(f"{self.path}{question}{options}")
+        try:
+            self.filesystem, self.root = fs.FileSystem.from_uri(f"{self.path}{question}{options}")
+        except (OSError, ValueError) as error:
+            raise ConfigError(masked(f"train.storage, {self.storage}, cannot be used: {error}")) from error
 
     @property
     def newest(self) -> Newest | None:
@@ -187,6 +190,8 @@ class Kept:
                 listed: dict[str, Any] = json.loads(file.read())
         except (FileNotFoundError, json.JSONDecodeError):
             return None
+        except OSError as error:
+            raise OSError(masked(f"the checkpoints in {self.path} cannot be read: {error}")) from error
         return listed
 
 

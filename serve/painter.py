@@ -82,12 +82,11 @@ class ReplacedError(ValueError):
 
 
 class Adapter:
-    """An adapter that a replica has fetched. When nothing uses it any more, what the pipeline has of it is dropped too."""
+    """An adapter that a replica's pipeline has loaded. When nothing uses it any more, the pipeline drops it."""
 
     numbers = itertools.count()
 
-    def __init__(self, folder: Path, place: tempfile.TemporaryDirectory, dropped: deque[str]) -> None:
-        self.folder, self.place = folder, place
+    def __init__(self, dropped: deque[str]) -> None:
         self.name = f"adapter{next(self.numbers)}"
         # Only noted here: this may happen in any thread at any moment.
         weakref.finalize(self, dropped.append, self.name)
@@ -164,15 +163,30 @@ class Painter:
         return to_uint8(sampled)
 
     def fetched(self, name: str) -> Adapter:
-        """An adapter by its name between processes, with a copy of its own; ValueError if it cannot be had, or does not fit, and
-        ReplacedError if its folder has other weights by now."""
-        place = tempfile.TemporaryDirectory(prefix="adapter-")
+        """An adapter by its name between processes, loaded; ValueError if it cannot be had, or does not fit, and ReplacedError if
+        its folder has other weights by now."""
+        with tempfile.TemporaryDirectory(prefix="adapter-") as place:
+            found = self._copied(name, Path(place))
+            if not (found / EXPORT_FILE).exists():
+                raise ValueError(f"{label(name)} was trained whole: serve it by itself, as model.path")
+            try:
+                check_binds(found, self.shapes, self.settings.base)
+            except ValueError as error:
+                raise ValueError(str(error).replace(str(found), label(name))) from error
+            adapter = Adapter(self.dropped)
+            with self.lock:
+                self._drop()
+                self.pipeline.load_lora_weights(found, weight_name=EXPORT_FILE, adapter_name=adapter.name)
+            return adapter
+
+    def _copied(self, name: str, place: Path) -> Path:
+        """The folder with a copy of an adapter of `fetched`."""
         if name.startswith(FOLDER):
             folder, _, state = name.removeprefix(FOLDER).rpartition(STATE)
             source = Path(folder) / EXPORT_FILE
             try:
                 before = state_of(source)
-                shutil.copy(source, place.name)
+                shutil.copy(source, place)
                 if not before == state_of(source) == state:
                     raise ReplacedError(label(name))
             except FileNotFoundError as error:
@@ -181,39 +195,32 @@ class Painter:
                         f"the machine {platform.node()} cannot see the adapters' folder: name one that all machines share"
                     ) from error
                 raise ReplacedError(label(name)) from error
-            found = Path(place.name)
-        else:
-            try:
-                _, found = registry.find(self.uri, name.removeprefix(RUN).partition(STATE)[0]).fetch(Path(place.name))
-            except ConfigError as error:
-                cause = error.__cause__
-                if isinstance(cause, MlflowException) and cause.error_code not in ABSENT:
-                    raise RuntimeError(str(error)) from error  # a server that does not answer: later it may
-                raise ValueError(str(error)) from error
-        if not (found / EXPORT_FILE).exists():
-            raise ValueError(f"{label(name)} was trained whole: serve it by itself, as model.path")
+            return place
         try:
-            check_binds(found, self.shapes, self.settings.base)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(found), label(name))) from error
-        return Adapter(found, place, self.dropped)
+            return registry.find(self.uri, name.removeprefix(RUN).partition(STATE)[0]).fetch(place)[1]
+        except ConfigError as error:
+            cause = error.__cause__
+            if isinstance(cause, MlflowException) and cause.error_code not in ABSENT:
+                raise RuntimeError(str(error)) from error  # a server that does not answer: later it may
+            raise ValueError(str(error)) from error
 
     def check_health(self) -> None:
         """Serve replaces a replica whose device no longer computes."""
         torch.ones(1, device=self.device).sum().item()
 
     def _choose(self, adapter: Adapter | None, strength: float) -> None:
-        while self.dropped:
-            if (name := self.dropped.popleft()) in self._loaded():
-                self.pipeline.delete_adapters(name)
+        self._drop()
         if adapter is None:
             if self._loaded():
                 self.pipeline.disable_lora()
             return
-        if adapter.name not in self._loaded():
-            self.pipeline.load_lora_weights(adapter.folder, weight_name=EXPORT_FILE, adapter_name=adapter.name)
         self.pipeline.enable_lora()
         self.pipeline.set_adapters([adapter.name], [strength])
+
+    def _drop(self) -> None:
+        while self.dropped:
+            if (name := self.dropped.popleft()) in self._loaded():  # not if loading it failed
+                self.pipeline.delete_adapters(name)
 
     def _loaded(self) -> list[str]:
         return self.pipeline.get_list_adapters().get("transformer", [])

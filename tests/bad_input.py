@@ -50,6 +50,7 @@ def settings() -> Iterator[list[str]]:
             "cluster.max_samplers=1",
             "train.policy_lag=0 cluster.max_samplers=4",
             "train.storage=bucket/runs",
+            "train.storage=nothing://bucket/runs",
             "train.best=reward/jugde",
             "model.revision=main",
             "reward.components.0.weight=0",

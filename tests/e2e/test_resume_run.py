@@ -13,6 +13,8 @@ import pytest
 import ray
 import torch
 from mlflow import MlflowClient
+from moto.server import ThreadedMotoServer
+from pyarrow import fs
 from ray import serve
 from safetensors.torch import load_file
 
@@ -128,17 +130,33 @@ def test_two_workers_go_on_to_the_weights_that_they_would_have_had(cluster, tmp_
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_other_numbers_of_workers_and_samplers_go_on_to_the_same_weights_from_checkpoints_elsewhere(
-    undisturbed, tmp_path, monkeypatch
+@pytest.fixture
+def bucket():
+    """A folder on a server that speaks S3, as a URI."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    fs.S3FileSystem(
+        access_key="key", secret_key="secret", endpoint_override=f"{host}:{port}", scheme="http", allow_bucket_creation=True
+    ).create_dir("bucket")
+    yield f"s3://key:secret@bucket/runs?endpoint_override={host}:{port}&scheme=http"
+    server.stop()
+
+
+def test_other_numbers_of_workers_and_samplers_go_on_to_the_same_weights_from_checkpoints_in_the_cloud(
+    undisturbed, tmp_path, bucket, monkeypatch
 ):
     outcome, _ = undisturbed
-    folder, storage = tmp_path / "run", f"train.storage=file://{tmp_path}/bucket"
+    folder, storage = tmp_path / "run", f"train.storage={bucket}"
     interrupted(configured(tmp_path, storage), folder, 1, monkeypatch)
     assert not list(folder.glob("checkpoint*"))
     config = configured(tmp_path, storage, "train.workers=2", "cluster.samplers=2")
     assert runs.unfinished(config, tmp_path.glob("*")) == folder
     align(config, folder)
-    one, two = final(outcome.folder), final(tmp_path / "bucket" / "run")
+    there, place = fs.FileSystem.from_uri(bucket)
+    fs.copy_files(f"{place}/run", str(tmp_path / "fetched"), source_filesystem=there)
+    assert not [f for f in folder.rglob("*") if f.is_file() and b"secret@" in f.read_bytes()]
+    one, two = final(outcome.folder), final(tmp_path / "fetched")
     start = load_file(outcome.folder / "checkpoint_000001" / "state_0.safetensors")
     moved = torch.cat([(one[k] - start[k]).flatten() for k in one if k.startswith("raw.")]).norm()
     apart = torch.cat([(one[k] - two[k]).flatten() for k in one if k.startswith("raw.")]).norm()

@@ -196,3 +196,24 @@ def test_checkpoints_elsewhere_are_found_by_their_uri(tmp_path):
     (tmp_path / "bucket" / "1").mkdir(parents=True)
     (tmp_path / "bucket" / "1" / runs.LIST).write_text(listing(5))
     assert kept.newest == (f"file://{tmp_path}/bucket/1/c5", 5)
+
+
+@pytest.mark.parametrize(
+    ("storage", "error", "said"),
+    [
+        (
+            "nothing://me:secret@host",
+            ConfigError,
+            r"^train\.storage, nothing://me:\*\*\*@host, cannot be used: Unrecognized f",
+        ),
+        (
+            "s3://me:secret@host/runs?endpoint_override=127.0.0.1:1&scheme=http",
+            OSError,
+            r"^the checkpoints in s3://me:\*\*\*@host/runs/1 cannot be read: .*Could not connect to server",
+        ),
+    ],
+)
+def test_storage_that_cannot_be_had_is_named_without_its_password(tmp_path, storage, error, said):
+    with pytest.raises(error, match=said) as caught:
+        _ = runs.Kept(configured(tmp_path, f"train.storage={storage}"), tmp_path / "1").steps
+    assert "secret" not in str(caught.value)
