@@ -63,6 +63,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     rollout = commands.add_parser("rollout", help="sampling beside the stock diffusers pipeline, for equal work")
     rollout.add_argument("--batch", type=int, default=4, help="pictures at once (default: %(default)s)")
     rollout.add_argument("--repeats", type=int, default=10, help="runs of each, in turn (default: %(default)s)")
+    for command in (update, rollout):
+        command.add_argument("--compile", action="store_true", help="what cluster.compile gains too")
     wire = commands.add_parser("wire", help="what a sample has on its way to the trainer, counted")
     wire.add_argument("--model", help="one of sd35, flux1, flux2 (default: all)")
     reward = commands.add_parser("reward", help="milliseconds and bytes of the reward service over a call in one process")
@@ -115,7 +117,7 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
     if args.command == "rollout":
         from pipelines import rollout_cost
 
-        rows = rollout_cost.measure(args.batch, args.repeats, told)
+        rows = rollout_cost.measure(args.batch, args.repeats, args.compile, told)
         yield rollout_cost.table(rows), rows
         shares = rollout_cost.modulation()
         yield rollout_cost.shares_table(shares), shares

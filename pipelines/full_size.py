@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -59,6 +59,8 @@ class Row:
     difference: float | None
     #: An active step's seconds over those of one conditional velocity, forward and backward.
     of_velocity: float | None = None
+    #: The walk's seconds by torch.compile, if asked for.
+    compiled: float | None = None
 
 
 def build(
@@ -98,15 +100,17 @@ def build(
     )
 
 
+def timed(run: Callable[[], None]) -> float:
+    """Its seconds."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def measured(update: Update, run: Callable[[], None], repeats: int) -> tuple[Cost, list[Tensor]] | None:
     """What ``run`` costs, and its gradients on the CPU; None where the GPU's memory does not suffice."""
-
-    def timed() -> float:
-        start = time.perf_counter()
-        run()
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
     def fresh() -> None:
         for parameter in update.trained:
@@ -115,17 +119,17 @@ def measured(update: Update, run: Callable[[], None], repeats: int) -> tuple[Cos
     cuda = update.latents.is_cuda
     try:
         if cuda:
-            timed()  # the first run loads kernels
+            timed(run)  # the first run loads kernels
             fresh()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            timed()
+            timed(run)
             most = torch.cuda.max_memory_allocated() - before
         else:
             fresh()
             most = peak(run)
         gradients = [p.grad.to("cpu", copy=True) for p in update.trained]
-        return Cost(most, statistics.median(timed() for _ in range(repeats))), gradients
+        return Cost(most, statistics.median(timed(run) for _ in range(repeats))), gradients
     except torch.OutOfMemoryError:
         pass  # what the traceback holds is freed when this block is left
     gc.collect()
@@ -148,6 +152,15 @@ def compare(update: Update, active: int, repeats: int) -> Row:
     return Row(active, walk[0] if walk else None, whole[0] if whole else None, difference, of_velocity)
 
 
+def compiled(update: Update, row: Row, repeats: int) -> Row:
+    """The row with the seconds of its walk by torch.compile, if there was memory for it before."""
+    if row.walk is None:
+        return row
+    plan = update.plan("sparse", active_steps=row.active)
+    timed(lambda: update.walk(plan))  # makes the kernels
+    return replace(row, compiled=statistics.median(timed(lambda: update.walk(plan)) for _ in range(repeats)))
+
+
 def update(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Measure: a text, and its figures; SystemExit where not even the model fits. ValueError as `build`."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
@@ -158,6 +171,9 @@ def update(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     except torch.OutOfMemoryError:
         sys.exit(f"{args.model} with the gradients of what is trained does not fit into the memory of this {where}")
     rows = [compare(made, active, args.repeats) for active in tqdm(args.active, desc="measure")]
+    if args.compile:
+        made.backbone.compile()
+        rows = [compiled(made, row, args.repeats) for row in tqdm(rows, desc="measure compiled")]
     kept = {"weights": weights(made.backbone.transformer), "gradients": size(made.trained)}
     said = (
         f"{args.model}, {'all weights' if args.full else f'an adapter of rank {RANK}'}, gradient checkpointing "
@@ -269,8 +285,13 @@ def update_table(rows: list[Row]) -> str:
             cells += ["out of memory" if v is None else form(v) for v in (one, other)]
             cells.append(f"{other / one:.2f}" if one and other else "–")
         cells.append("–" if row.difference is None else f"{row.difference:.1e}")
-        body.append([*cells, "–" if row.of_velocity is None else f"{row.of_velocity:.3f}"])
-    return table(head, body)
+        cells.append("–" if row.of_velocity is None else f"{row.of_velocity:.3f}")
+        if row.compiled and row.walk:
+            cells.append(f"{row.compiled / row.walk.seconds:.3f}")
+        body.append(cells)
+    if any(row.compiled for row in rows):
+        head.append("by torch.compile, of the seconds")
+    return table(head, [[*cells, "–"][: len(head)] for cells in body])
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -34,8 +34,9 @@ MODULATION = re.compile(r"(norm\w*|modulation\w*)\.linear$|\.(time_text_embed|ti
 DRAWS = 200  # plans of a method, whose mean is counted
 
 
-def measure(batch: int, repeats: int, told: Callable[[str], object]) -> list[dict[str, Any]]:
-    """Rows: the stock pipeline, the same work with guidance's branches batched and apart, then as far as each method needs it."""
+def measure(batch: int, repeats: int, compiled: bool, told: Callable[[str], object]) -> list[dict[str, Any]]:
+    """Rows: the stock pipeline, the same work with guidance's branches batched and apart, ``compiled`` too if that is asked for,
+    then as far as each method needs it."""
     torch.set_num_threads(1)
     backbone = backbones.load(MODELS["shapes"])
     prompts, seeds = list(itertools.islice(itertools.cycle(PROMPTS), batch)), list(range(batch))
@@ -46,6 +47,10 @@ def measure(batch: int, repeats: int, told: Callable[[str], object]) -> list[dic
         "here, branches in one batch": lambda: own(backbone, prompts, seeds),
         "here, one branch after the other": lambda: own(apart, prompts, seeds),
     }
+    if compiled:
+        other = backbones.load(MODELS["shapes"])
+        other.compile()
+        ways["here, compiled"] = lambda: own(other, prompts, seeds)
     drawn = {}
     for name, settings in PUBLISHED.items():
         drawn[name] = plans_of(name, settings, backbone.grid(STEPS, SIZE, SIZE))

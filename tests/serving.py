@@ -14,13 +14,14 @@ import requests
 import yaml
 
 ROOT = Path(__file__).parents[1]
-TOKEN = {"Authorization": "Bearer secret"}
+SECRET = "one-that-is-nowhere-else"
+TOKEN = {"Authorization": f"Bearer {SECRET}"}
 
 
 @contextlib.contextmanager
 def served(file, folder, path, change=None):
     """The file at a free port, changed by a function where tests need other settings; gives the address, as soon as ``path``
-    answers there to whom has the token, which is "secret"."""
+    answers there to whom has the token. No log and no process title may have that in the end."""
     config = yaml.safe_load((ROOT / file).read_text())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -29,7 +30,7 @@ def served(file, folder, path, change=None):
         change(config)
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
     command = [str(Path(sys.executable).with_name("serve")), "run", "--address", "local", str(folder / "serve.yaml")]
-    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"FLOWBP_TOKEN": "secret", "OMP_NUM_THREADS": "1"}
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"FLOWBP_TOKEN": SECRET, "OMP_NUM_THREADS": "1"}
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(
             command,
@@ -54,6 +55,8 @@ def served(file, folder, path, change=None):
         else:
             pytest.fail((folder / "log").read_text())
         yield at
+        session = Path("/tmp/ray/session_latest").resolve()
+        titles = [title for title in map(_content, Path("/proc").glob("[0-9]*/cmdline")) if SECRET.encode() in title]
     finally:
         server.send_signal(signal.SIGINT)
         try:
@@ -61,3 +64,13 @@ def served(file, folder, path, change=None):
         finally:
             if server.poll() is None:
                 os.killpg(server.pid, signal.SIGKILL)
+    logs = [folder / "log", *(session / "logs").rglob("*")]
+    assert len(logs) > 10
+    assert not titles + [log for log in logs if SECRET.encode() in _content(log)]
+
+
+def _content(path):
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, ProcessLookupError, IsADirectoryError):
+        return b""  # it ended meanwhile, or is a folder

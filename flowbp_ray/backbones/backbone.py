@@ -140,6 +140,21 @@ class Backbone(ABC):
     def blocks(transformer: nn.Module) -> list[nn.Module]:
         """The transformer's stacked blocks in their order: the units of sharding and of gradient checkpointing."""
 
+    def compile(self) -> None:
+        """Have torch.compile make kernels of each stacked block when it is first called; blocks of a kind share theirs."""
+        import torch._dynamo  # takes a second, so only here
+        import torch._functorch.config
+        import torch._inductor.config
+
+        # A bridged velocity is differentiated twice. Backward kernels may write over what they have read unless told not to; on
+        # a disk those of one kind are taken for the other's, and gradients were wrong by 15 %, so nothing comes from there.
+        torch._functorch.config.donated_buffer = False
+        torch._inductor.config.fx_graph_cache = False
+        # Kernels are made apart for each size of a batch, kind of block, with and without gradient, with and without the adapter.
+        torch._dynamo.config.recompile_limit = 64
+        for block in self.blocks(self.transformer):
+            block.compile()
+
     @staticmethod
     def latent_channels(vae: Any) -> int:
         """The C of latents that `decode_latents` takes: the decoder's own, unless a family packs them."""

@@ -129,6 +129,9 @@ class Cluster(Section):
     """Up to so many are started while requests wait; null keeps the number."""
     threads: PositiveInt = 1
     """torch's threads in each of these processes."""
+    compile: bool = False
+    """Have torch.compile make kernels of the transformer's blocks in samplers and train workers: minutes when a run starts, less
+    time in each step, results that differ as roundings do. It takes a C++ compiler."""
 
     @property
     def rewards(self) -> Replicas:

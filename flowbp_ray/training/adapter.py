@@ -45,10 +45,13 @@ def matching(transformer: nn.Module, targets: Sequence[str]) -> list[str]:
 def trainable(config: AlignConfig, device: str) -> Backbone:
     """The model of a configuration with what is trained requiring gradients: an adapter, or the whole transformer."""
     if config.adapter:
-        return adapted(config, device)
-    backbone = backbone_of(config, device)
-    backbone.check_guidance(config.sampling.guidance_scale)
-    backbone.transformer.requires_grad_(True)
+        backbone = adapted(config, device)
+    else:
+        backbone = backbone_of(config, device)
+        backbone.check_guidance(config.sampling.guidance_scale)
+        backbone.transformer.requires_grad_(True)
+    if config.cluster.compile:
+        backbone.compile()
     return backbone
 
 

@@ -16,7 +16,7 @@ import pytest
 import requests
 from mlflow import MlflowClient
 from PIL import Image
-from serving import TOKEN, served
+from serving import SECRET, TOKEN, served
 
 from flowbp_ray.config import dump, load
 from flowbp_ray.shapes import BASE
@@ -72,7 +72,7 @@ def url(store, tmp_path_factory):
 
 @pytest.fixture
 def client(url):
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=SECRET, max_retries=0, timeout=120)
 
 
 def draw(client, model, seed, n=1, **more):
@@ -146,9 +146,7 @@ def test_what_cannot_be_is_refused_in_openais_words(client, url):
         client.images.generate(prompt=PROMPT, quality="hd")
     with pytest.raises(openai.BadRequestError, match="pictures of 68×64 pixels: this model makes sizes that are multiples of 8"):
         client.images.generate(prompt=PROMPT, size="64x68")
-    large = requests.post(
-        f"{url}/v1/images/generations", headers={"Authorization": "Bearer secret"}, data=b" " * (33 * 2**20), timeout=60
-    )
+    large = requests.post(f"{url}/v1/images/generations", headers=TOKEN, data=b" " * (33 * 2**20), timeout=60)
     assert large.status_code == 413
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from serving import TOKEN, served
+from serving import SECRET, TOKEN, served
 
 from flowbp_ray import shapes
 from flowbp_ray.rewards.clip import CLIPScore
@@ -88,7 +88,7 @@ def test_pictures_of_several_sizes_in_one_request_keep_their_order(url, drawn, r
 
 
 @pytest.mark.parametrize(
-    ("headers", "status"), [({}, 401), ({"Authorization": "Bearer wrong"}, 401), ({"Authorization": "Basic secret"}, 401)]
+    ("headers", "status"), [({}, 401), ({"Authorization": "Bearer wrong"}, 401), ({"Authorization": f"Basic {SECRET}"}, 401)]
 )
 def test_nobody_is_answered_without_the_token(url, drawn, headers, status):
     answer = requests.post(f"{url}/v1/score", json={"items": [item("a", drawn[2][0])]}, headers=headers, timeout=60)
@@ -161,7 +161,7 @@ def test_every_kind_of_request_gets_an_answer_that_the_description_has(url, draw
         documented = description["paths"][path][method]["responses"]
         assert str(answer.status_code) in documented, (answer.status_code, answer.text)
         assert answer.status_code < 500, answer.text
-        assert "secret" not in answer.text
+        assert SECRET not in answer.text
         counts[answer.status_code] = counts.get(answer.status_code, 0) + 1
 
     running = threading.Thread(target=job)

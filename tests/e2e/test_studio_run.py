@@ -17,7 +17,7 @@ from axe_playwright_python.sync_playwright import Axe
 from mlflow import MlflowClient
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
-from serving import ROOT, served
+from serving import ROOT, SECRET, served
 
 from flowbp_ray.config import dump, load
 from flowbp_ray.shapes import BASE
@@ -110,7 +110,7 @@ def page(at, browser, request):
     page.on("console", lambda m: m.type in ("error", "warning") and page.odd.append(m.text))
     page.on("pageerror", lambda e: page.odd.append(str(e)))
     page.goto(f"{at}/studio")
-    page.get_by_label("The token of this service").fill("secret")
+    page.get_by_label("The token of this service").fill(SECRET)
     page.get_by_role("button", name="Go on").click()
     expect(page.get_by_role("heading", name="Compare models")).to_be_visible()
     yield page
@@ -142,7 +142,7 @@ def look(page, name, folder):
 
 
 def test_a_registered_version_is_served_as_the_stock_pipeline_draws_it(aligned, at, plain_diffusers):
-    client = openai.OpenAI(base_url=f"{at}/v1", api_key="secret", max_retries=0, timeout=120)
+    client = openai.OpenAI(base_url=f"{at}/v1", api_key=SECRET, max_retries=0, timeout=120)
     assert [m.id for m in client.models.list()] == ["shapes", "shapes-aligned/2", "shapes-aligned/1"]
     (run,) = (f for f in (aligned / "runs").iterdir() if f.is_dir())
     drawn = {}

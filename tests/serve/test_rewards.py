@@ -1,11 +1,14 @@
 """The reward service on a real local Ray cluster, against the same objective in this process."""
 
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from ray import serve
+from ray.serve.config import AutoscalingConfig
 
 from flowbp_ray import shapes
 from flowbp_ray.backbones.sd3 import SD3Backbone
@@ -41,6 +44,31 @@ def test_replicas_come_and_go_within_their_bounds():
     scaling = deployed(RewardModel, "one", Replicas(replicas=1, max_replicas=4), at_once=3)._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 3)
     assert deployed(RewardModel, "one", Replicas(replicas=2))._deployment_config.autoscaling_config is None
+
+
+def test_a_replica_comes_under_requests_and_goes_without_them_and_the_answers_are_the_same(cluster, latents, monkeypatch):
+    soon = {"upscale_delay_s": 0.1, "downscale_delay_s": 1, "look_back_period_s": 1, "metrics_interval_s": 0.2}
+    monkeypatch.setattr("serve.rewards.AutoscalingConfig", partial(AutoscalingConfig, **soon))
+    config = load(CONFIG, ["cluster.reward_cpus=0.1", "cluster.reward_max_replicas=2"])
+    handle = serve.run(application(config), name="elastic", route_prefix=None)
+
+    def replicas():
+        assert time.monotonic() < until
+        return serve.status().applications["elastic"].deployments["Rewards"].replica_states.get("RUNNING", 0)
+
+    until = time.monotonic() + 240
+    answers = [ask(handle, latents, PROMPTS)]
+    assert replicas() == 1
+    while replicas() < 2:
+        answers += [response.result(timeout_s=120) for response in [handle.score.remote(latents, PROMPTS) for _ in range(8)]]
+    while replicas() > 1:  # with one request at a time
+        answers.append(ask(handle, latents, PROMPTS))
+    answers.append(ask(handle, latents, PROMPTS))
+    serve.delete("elastic")
+    assert len(answers) > 10
+    for answer in answers:
+        np.testing.assert_array_equal(answer["gradient"], answers[0]["gradient"])
+        np.testing.assert_array_equal(answer["objective"], answers[0]["objective"])
 
 
 def test_the_service_answers_what_the_objective_is_here(service, latents):

@@ -54,3 +54,24 @@ def test_embedded_guidance_cannot_be_compensated(tmp_path):
     paths = [f"model.path={folder}", f"evaluation.prompts={tmp_path / 'prompts.txt'}", "surrogate.compensate_guidance=true"]
     with pytest.raises(ValueError, match="guidance is an input of FluxTransformer2DModel"):
         Learner(load(SPARSE, [*SMALL, *paths]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", [tiny.sd3, tiny.flux1, tiny.flux2, tiny.z_image], ids=lambda made: made.__name__)
+def test_compiled_it_samples_and_learns_the_same(made, tmp_path):
+    folder = tiny.saved(made, tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a red ring\ntwo circles\n", encoding="utf-8")
+    paths = [f"model.path={folder}", f"evaluation.prompts={tmp_path / 'prompts.txt'}", "surrogate={method: leapalign}"]
+    sampled, gradients = [], []
+    for compiled in ("false", "true"):
+        config = load(SPARSE, [*SMALL, *paths, f"cluster.compile={compiled}"])
+        learner = Learner(config)
+        block = Sampler(config, ["a red ring", "two circles"], {0: list(learner.policy())}.__getitem__)({"number": np.array([0])})
+        sampled.append(block["latents"])
+        learner.accumulate(block | {"gradients": np.ones_like(block["inputs"])})
+        gradients.append(learner.weights.gradient.clone())
+        blocks = learner.backbone.blocks(learner.backbone.transformer)
+        assert all((b._compiled_call_impl is not None) == (compiled == "true") for b in blocks)
+    np.testing.assert_allclose(*sampled, rtol=0, atol=1e-4)
+    assert (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[0].norm()
+    assert gradients[0].norm() > 0
