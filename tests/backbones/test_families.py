@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
 
 from flowbp_ray import backbones
 from flowbp_ray.backbones import FAMILIES, family_of
@@ -53,6 +54,19 @@ def test_same_pictures_as_the_stock_pipeline(folder, guidance_scale):
     assert ours.std() > 0.01
     assert (ours[0] - ours[1]).abs().max() > 0.01
     assert (ours - stock(folder, guidance_scale)).abs().max() <= 1e-4
+
+
+def test_attention_is_of_diffusers_active_backend(folder, monkeypatch):
+    """Which the environment variable DIFFUSERS_ATTN_BACKEND names."""
+    backbone, calls = backbones.load(folder), []
+    settings = {"steps": STEPS, "guidance_scale": 3.5, **SIZE}
+    wanted = backbone.sample(PROMPTS, SEEDS, **settings)
+    with attention_backend("_native_math"):
+        named, used = _AttentionBackendRegistry.get_active_backend()
+        monkeypatch.setitem(_AttentionBackendRegistry._backends, named, lambda *a, **k: calls.append(named) or used(*a, **k))
+        pictures = backbone.sample(PROMPTS, SEEDS, **settings)
+    assert set(calls) == {"_native_math"}
+    assert (pictures - wanted).abs().max() <= 1e-4
 
 
 def test_guidances_branches_are_the_same_one_after_the_other(folder):
@@ -151,6 +165,7 @@ import json, sys
 sys.modules["flowbp_ray"] = None  # any import of the project fails
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
 folder, lora, output = json.loads(sys.argv[1])
 pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
 pipeline.load_lora_weights(lora)

@@ -1,5 +1,7 @@
 """The manifests for Kubernetes, as far as they can be checked without one."""
 
+import re
+import tomllib
 from pathlib import Path
 
 import yaml
@@ -7,6 +9,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from flowbp_ray.config import load
 from pipelines import files_and_overrides
+from pipelines.session import MEMORY
 from serve.scoring import ServedRewards
 
 CLUSTER = Path(__file__).parents[2] / "configs" / "cluster"
@@ -59,3 +62,20 @@ def test_versions_are_the_pinned_ones():
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
     assert read("rayjob.yaml")["spec"]["rayClusterSpec"]["rayVersion"] == pinned["ray"]
     assert read("rayservice.yaml")["spec"]["rayClusterConfig"]["rayVersion"] == pinned["ray"]
+
+
+def test_the_container_file_has_all_that_is_installed_and_the_settings_of_rays_memory():
+    text = (CLUSTER / "Containerfile").read_text("utf-8")
+    copied = {name for names in re.findall(r"^COPY (.+) \S+$", text, re.M) for name in names.split()}
+    assert all((ROOT / name).exists() for name in copied)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    packages = {name.rstrip("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+    assert copied >= {*packages, "configs", "pyproject.toml", "constraints.txt", project["project"]["readme"]}
+    assert copied >= set(project["project"]["license-files"])
+    (settings,) = re.findall(r"^ENV (.+)$", text, re.M)
+    assert dict(setting.split("=") for setting in settings.split()) == MEMORY
+    minor = ".".join(re.search(r"FROM python:(\S+)-slim", text)[1].split(".")[:2])
+    assert f"Programming Language :: Python :: {minor}" in project["project"]["classifiers"]
+    # Not as root, and with no token or address of a package registry in it.
+    assert text.rstrip().endswith("USER ray")
+    assert not re.search(r"index-url|FLOWBP_TOKEN|TOKEN=", text)

@@ -81,6 +81,15 @@ def test_a_sharded_adapters_gradient(folder, tmp_path, settings):
     assert apart(gradient, wanted) <= 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [(), ("train.gradient_checkpointing=true",)], ids=["", "checkpoints"])
+def test_a_compiled_sharded_adapters_gradient(folder, tmp_path, settings):
+    penalty = "train.velocity_penalty=0.3"
+    _, wanted = learned(configured(folder, tmp_path, penalty))
+    _, gradient = learned(configured(folder, tmp_path, penalty, "train.sharded=true", "cluster.compile=true", *settings))
+    assert apart(gradient, wanted) <= 1e-4
+
+
 @pytest.mark.parametrize(
     "settings", [(), ("train.unsharded_gradients=true", "train.gradient_checkpointing=true")], ids=["", "both"]
 )
