@@ -11,6 +11,11 @@ def brightness(images, prompts):
     return 3 * images.mean((1, 2, 3))
 
 
+def slow(images, prompts):
+    time.sleep(3)
+    return brightness(images, prompts)
+
+
 def sharpness(images, prompts):
     return 10 * images.diff(dim=-1).square().mean((1, 2, 3)) + torch.tensor([float(len(p)) for p in prompts])
 
