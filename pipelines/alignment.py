@@ -30,13 +30,16 @@ from flowbp_ray.shapes.checker import check
 from flowbp_ray.shapes.evaluation import Score
 from flowbp_ray.tracking.registry import Exported
 from flowbp_ray.tracking.store import masked
-from flowbp_ray.tracking.tracker import WARNINGS
+from flowbp_ray.tracking.tracker import RUN_FILE, WARNINGS
 from flowbp_ray.training import EXPORT_FILE, NOTE_FILE
 from flowbp_ray.training.worker import Job, learner_of, train_loop
+from pipelines import runs
 from pipelines.causes import clean_up, lost, reason
 from pipelines.runs import Kept
 from pipelines.session import Session, on_this_node, progress, session
 
+#: What a run is: its configuration, what it began with, and its MLflow run. Its folder has them, and each checkpoint.
+IDENTITY = (runs.CONFIG, runs.BEGAN, RUN_FILE)
 PATIENCE = 180  # seconds without a step, or ten times the longest so far, after which the user is told what may be missing
 
 
@@ -189,7 +192,7 @@ def attempt(
     stream = rollouts(config, prompts, store, at.rewards, first, parts.sampler, parts.reward)
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config=Job(config, folder, store, at.tracker, at.rewards, preview, parts.learner),
+        train_loop_config=Job(config, folder, store, at.tracker, at.rewards, preview, IDENTITY, parts.learner),
         scaling_config=ScalingConfig(
             num_workers=config.train.workers,
             use_gpu=cluster.trainer_gpus > 0,

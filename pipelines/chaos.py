@@ -124,8 +124,8 @@ def run(
     place = folder / "runs" / f"{number:03d}"
     place.mkdir(parents=True)
     own = kept_in(place, config)
-    # Its first step may be the one that is waited for longest; with the last ones all samples are there, and no sampler any more.
-    steps = sorted(randomly.sample(range(config.train.steps - SPARED), len(roles)))
+    # From its start on; with the last ones all samples are there, and no sampler any more.
+    steps = sorted(randomly.sample(range(-1, config.train.steps - SPARED), len(roles)))
     kills = []
     command = Command(place, machines)
     try:
@@ -140,7 +140,9 @@ def run(
             elif role == "worker node":
                 machines.lose(randomly)
             elif role == "reward application":
-                for name in serve.status().applications:
+                while not (there := serve.status().applications) and command.process.poll() is None:
+                    time.sleep(0.05)
+                for name in there:
                     serve.delete(name, _blocking=False)  # it may be there again before Serve has seen that it was gone
             elif not machines.kill(role, randomly, command):
                 break

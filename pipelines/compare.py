@@ -17,7 +17,7 @@ import numpy as np
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load
 from flowbp_ray.surrogate.quadrature import Grid
-from pipelines import files_and_overrides, refuse
+from pipelines import check_lasts, files_and_overrides, refuse
 from pipelines.comparison import BASE, Measured, chart, evaluations, grid, read, table
 
 #: Shorter than a recipe's own run, so that a cell takes minutes; overrides change them.
@@ -92,9 +92,10 @@ def main() -> None:
         if not first.evaluation.checked:
             raise ConfigError(f"evaluation.prompts is {first.evaluation.prompts}: methods are compared on shapes alone")
         check_budgets({n: planned[n, 0] for n in names})
+        folder = (args.output or first.output.parent / "compare").expanduser().absolute()
+        check_lasts("--output", folder)
     except ConfigError as error:
         refuse(error)
-    folder = (args.output or first.output.parent / "compare").expanduser().absolute()
     if args.dry_run:
         train, pictures = first.train, 6 * first.evaluation.per_task
         print(

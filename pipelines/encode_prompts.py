@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from flowbp_ray.config import AlignConfig, ConfigError, load, paths
-from pipelines import refuse
+from pipelines import check_lasts, refuse
 
 
 def arguments() -> argparse.Namespace:
@@ -36,6 +36,7 @@ def main() -> None:
         # The folder may be in the recipe already, before it is there.
         config = load(args.config, [*args.overrides, "prompts.embeds=null"])
         folder = paths.folder_to_be(paths.absolute(args.output))
+        check_lasts("--output", folder)
         from pipelines import quiet_libraries
 
         quiet_libraries()

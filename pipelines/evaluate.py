@@ -29,7 +29,7 @@ from flowbp_ray.files import digest
 from flowbp_ray.rollouts.prompts import pictured
 from flowbp_ray.tracking.store import masked, tracking_uri
 from flowbp_ray.training import EXPORT_FILE
-from pipelines import files_and_overrides, refuse
+from pipelines import check_lasts, files_and_overrides, refuse
 from pipelines.align import check_rewards, interrupt, pinned
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ def prepared(config: AlignConfig, adapter: Path | None, name: str, output: Path 
     }
     key = hashlib.sha256(json.dumps([protocol, identity], sort_keys=True).encode()).hexdigest()[:12]
     folder = (output or config.output.parent / "evaluations" / f"{name.replace(' ', '-')}-{key}").expanduser().absolute()
+    check_lasts("--output", folder)
     check_folder(folder, protocol, identity)
     if make:
         begin(folder, name, protocol, identity, config)

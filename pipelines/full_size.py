@@ -157,8 +157,11 @@ def compiled(update: Update, row: Row, repeats: int) -> Row:
     if row.walk is None:
         return row
     plan = update.plan("sparse", active_steps=row.active)
-    timed(lambda: update.walk(plan))  # makes the kernels
-    return replace(row, compiled=statistics.median(timed(lambda: update.walk(plan)) for _ in range(repeats)))
+    try:
+        timed(lambda: update.walk(plan))  # makes the kernels
+        return replace(row, compiled=statistics.median(timed(lambda: update.walk(plan)) for _ in range(repeats)))
+    except torch.OutOfMemoryError:
+        return row
 
 
 def update(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:

@@ -153,7 +153,7 @@ class Kept:
         self.path = f"{at.rstrip('/')}/{folder.name}"
         try:
             self.filesystem, self.root = fs.FileSystem.from_uri(f"{self.path}{question}{options}")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             raise ConfigError(masked(f"train.storage, {self.storage}, cannot be used: {error}")) from error
 
     @property

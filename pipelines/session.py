@@ -1,7 +1,6 @@
 """What every command has on a Ray cluster: the connection, streams, bars, and for a run its folder, MLflow run and rewards."""
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from flowbp_ray.config import AlignConfig, ConfigError
 from flowbp_ray.tracking.store import tracking_uri
 from flowbp_ray.tracking.tracker import Tracker
-from pipelines import runs
+from pipelines import check_lasts, job_environment, runs
 from pipelines.causes import clean_up
 from pipelines.rewarding import rewarding
 
@@ -40,13 +39,9 @@ def connect(config: AlignConfig) -> None:
     """Join the cluster of RAY_ADDRESS (every Ray job has it), else start one here. ConfigError if it is too small, or if what a
     submitted job makes would be lost."""
     variables = {"OMP_NUM_THREADS": str(config.cluster.threads), "TRANSFORMERS_VERBOSITY": "error"}
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
-    quiet = {"env_vars": {k: v for k, v in variables.items() if k not in job.get("env_vars", {})}}  # Ray refuses a job's own
-    if "working_dir" in job and config.output.is_relative_to(Path.cwd()):
-        raise ConfigError(
-            f"output is {config.output}, in the temporary copy of the working directory that a submitted job has: give the whole "
-            "path of a folder elsewhere, which all machines see"
-        )
+    given = job_environment().get("env_vars", {})
+    quiet = {"env_vars": {k: v for k, v in variables.items() if k not in given}}  # Ray refuses a job's own
+    check_lasts("output", config.output)
     for library in ("ray.serve", "ray.data"):
         logging.getLogger(library).setLevel(logging.ERROR)
     if os.environ.get("RAY_ADDRESS"):

@@ -27,6 +27,8 @@ ALONE = (
     "evaluation.preview_prompts=0",
 )
 STAGES = ("sampling", "reward", "update")
+#: What of a step passes weights on, which is a part of its orchestration.
+WEIGHTS = ("publishing", "loading")
 
 
 def arguments() -> argparse.Namespace:
@@ -67,7 +69,7 @@ def row(lag: int, seconds: dict[str, float]) -> str:
     needed = sum(stages) if lag == 0 else max(*stages, sum(stages) / 2)
     rest = seconds["step"] - needed
     cells = [str(lag), *(f"{seconds[s]:.2f}" for s in STAGES), f"{seconds['step']:.2f}", f"{rest:.2f}"]
-    return "| " + " | ".join([*cells, f"{100 * rest / seconds['step']:.0f} %"]) + " |"
+    return "| " + " | ".join([*cells, f"{100 * rest / seconds['step']:.0f} %", *(f"{seconds[s]:.2f}" for s in WEIGHTS)]) + " |"
 
 
 def main() -> None:
@@ -89,7 +91,7 @@ def measure(args: argparse.Namespace, store: Path) -> None:
     from pipelines.session import cluster
 
     quiet_libraries()
-    head = ["policy_lag", *STAGES, "step", "orchestration", "its share"]
+    head = ["policy_lag", *STAGES, "step", "orchestration", "its share", *(f"of it {s}" for s in WEIGHTS)]
     lines = ["| " + " | ".join(head) + " |", "|" + " ---: |" * len(head)]
     for lag, config in configs.items():
         try:
@@ -97,7 +99,7 @@ def measure(args: argparse.Namespace, store: Path) -> None:
                 outcome = align(config, store / f"lag{lag}")
         except Exception as error:  # the boundary to the user, as in align
             sys.exit(f"\nstopped at policy_lag {lag}: {reason(error)}")
-        lines.append(row(lag, {s: statistics.median(outcome.seconds[s][FIRST:]) for s in (*STAGES, "step")}))
+        lines.append(row(lag, {s: statistics.median(outcome.seconds[s][FIRST:]) for s in (*STAGES, *WEIGHTS, "step")}))
     said = f"Seconds, medians of {args.steps} steps of {configs[0].train.batch} samples; one sampler, one train worker."
     print("", *lines, "", said, sep="\n")
 

@@ -219,8 +219,7 @@ class Painter:
 
     def _drop(self) -> None:
         while self.dropped:
-            if (name := self.dropped.popleft()) in self._loaded():  # not if loading it failed
-                self.pipeline.delete_adapters(name)
+            self.pipeline.delete_adapters(self.dropped.popleft())  # of one that failed to load it may have a part
 
     def _loaded(self) -> list[str]:
         return self.pipeline.get_list_adapters().get("transformer", [])

@@ -11,6 +11,11 @@ def brightness(images, prompts):
     return 3 * images.mean((1, 2, 3))
 
 
+def of_a_job(images, prompts):
+    assert os.environ["OF_A_JOB"] == "yes"
+    return brightness(images, prompts)
+
+
 def slow(images, prompts):
     time.sleep(3)
     return brightness(images, prompts)

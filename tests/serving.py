@@ -54,8 +54,8 @@ def served(file, folder, path, change=None):
             time.sleep(1)
         else:
             pytest.fail((folder / "log").read_text())
+        session = Path("/tmp/ray/session_latest").resolve()  # not later: tests may start other clusters
         yield at
-        session = Path("/tmp/ray/session_latest").resolve()
         titles = [title for title in map(_content, Path("/proc").glob("[0-9]*/cmdline")) if SECRET.encode() in title]
     finally:
         server.send_signal(signal.SIGINT)

@@ -141,19 +141,13 @@ class Backbone(ABC):
         """The transformer's stacked blocks in their order: the units of sharding and of gradient checkpointing."""
 
     def compile(self) -> None:
-        """Have torch.compile make kernels of each stacked block when it is first called; blocks of a kind share theirs."""
-        import torch._dynamo  # takes a second, so only here
-        import torch._functorch.config
-        import torch._inductor.config
+        """Have torch.compile make kernels of each stacked block when it is first called; blocks of a kind share theirs.
 
-        # A bridged velocity is differentiated twice. Backward kernels may write over what they have read unless told not to; on
-        # a disk those of one kind are taken for the other's, and gradients were wrong by 15 %, so nothing comes from there.
-        torch._functorch.config.donated_buffer = False
-        torch._inductor.config.fx_graph_cache = False
-        # Kernels are made apart for each size of a batch, kind of block, with and without gradient, with and without the adapter.
-        torch._dynamo.config.recompile_limit = 64
+        Each size of a batch has its own, with and without gradient, with and without the adapter: what a process did before,
+        such as previews, does not matter to them.
+        """
         for block in self.blocks(self.transformer):
-            block.compile()
+            block.compile(backend=_kernels, dynamic=False, recompile_limit=64)
 
     @staticmethod
     def latent_channels(vae: Any) -> int:
@@ -239,6 +233,19 @@ class Backbone(ABC):
         """Pictures ``(B, 3, height, width)`` in 0…1, decoded from `sample_latents`."""
         size = {"height": height, "width": width}
         return self.decode(self.sample_latents(prompts, seeds, steps=steps, guidance_scale=guidance_scale, kind=kind, **size))
+
+
+def _kernels(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """Inductor's, for blocks that are differentiated twice, as bridged velocities are.
+
+    Backward kernels may write over what they have read unless told not to, and those of one kind that lie on a disk are taken
+    for the other's (gradients were wrong by 15 %), so none come from there. torch's settings are each thread's own, hence here.
+    """
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+
+    with config.patch(donated_buffer=False):
+        return compile_fx(graph, inputs, config_patches={"fx_graph_cache": False})
 
 
 def pictures(vae: Any, latents: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Driver and controller import this module too, so the learner, with diffusers, is
 
 import math
 import platform
+import shutil
 import tempfile
 import time
 from collections import defaultdict
@@ -55,6 +56,8 @@ class Job:
     tracker: ActorHandle
     rewards: str
     preview: list[tuple[str, int]]
+    #: Of the run's folder, the files that say what it is: each checkpoint has them too.
+    identity: tuple[str, ...]
     #: Makes the learner of a rank.
     learner: Callable[[AlignConfig, int], "Learner"] = learner_of
 
@@ -165,7 +168,7 @@ def train_loop(job: Job) -> str | None:
         if ends or stops or learner.version % config.train.checkpoint_every == 0:
             if logged is not None:
                 ray.get(logged)  # a step that is not done again has its point
-            checkpoint(learner, published, {metric: float(np.mean(values)) for metric, values in since.items()})
+            checkpoint(job, learner, published, {metric: float(np.mean(values)) for metric, values in since.items()})
             since.clear()
         if stops:
             break  # with all ranks' iterators gone, Ray Data ends its stages, those that wait for the next policy version too
@@ -273,13 +276,15 @@ def skipped(job: Job, learner: "Learner", step: int, blocks: list[Block]) -> Non
         )
 
 
-def checkpoint(learner: "Learner", published: Published, means: dict[str, float]) -> None:
+def checkpoint(job: Job, learner: "Learner", published: Published, means: dict[str, float]) -> None:
     """Report a checkpoint to Ray Train, which keeps it and judges it by rank 0's ``means``; every rank has to call this, those
     with files give them."""
     metrics = {"version": learner.version} | means
     asked_for = range(policy_version(learner.config, learner.version), learner.version)
     policies = {version: ray.get(published[version]) for version in asked_for if version in published}
     with tempfile.TemporaryDirectory() as folder:
+        for file in job.identity if learner.rank == 0 else ():
+            shutil.copy(job.folder / file, folder)
         learner.save(Path(folder), policies)
         given = train.Checkpoint.from_directory(folder) if any(Path(folder).iterdir()) else None
         train.report(metrics, checkpoint=given, checkpoint_dir_name=name(learner.version))

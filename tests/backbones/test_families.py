@@ -165,7 +165,6 @@ import json, sys
 sys.modules["flowbp_ray"] = None  # any import of the project fails
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
 folder, lora, output = json.loads(sys.argv[1])
 pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
 pipeline.load_lora_weights(lora)

@@ -84,8 +84,11 @@ def test_the_readmes_commands_twice_in_a_row_and_a_job_that_is_stopped(account):
     first = account(*exports, short)
     assert "| **mean** |" in first.stdout
     # Whatever a run of this account has left, such as a token, the same commands work again.
-    environment = json.dumps({"env_vars": {"MLFLOW_TRACKING_URI": f"sqlite:///{account.home}/other.db", "OMP_NUM_THREADS": "1"}})
-    again = account(*exports, short.replace(" --working-dir", f" --runtime-env-json '{environment}' --working-dir"))
+    variables = {"MLFLOW_TRACKING_URI": f"sqlite:///{account.home}/other.db", "OMP_NUM_THREADS": "1"}
+    variables |= {"PYTHONPATH": "tests", "OF_A_JOB": "yes"}  # which this reward's process has to have
+    own = "reward.components.0.kind=function reward.components.0.path=odd_rewards:of_a_job"
+    submitted = short.replace(" --working-dir", f" --runtime-env-json '{json.dumps({'env_vars': variables})}' --working-dir")
+    again = account(*exports, f"{submitted} {own}")
     assert "| **mean** |" in again.stdout
     assert (account.home / "other.db").exists()  # what the job's environment says reaches its processes
     runs = account.home / ".flowbp_ray" / "runs"
@@ -131,12 +134,14 @@ def test_the_readmes_commands_twice_in_a_row_and_a_job_that_is_stopped(account):
         score("other")
     account(*exports, commands[-1])
 
-    # The same where `make demo`, which runs this, was there first and may have left a token.
+    # The same where `make demo`, which runs this, was there first, and twice in a row.
     demo = f"export HOME={account.home}/demo"
     account(demo, "mkdir $HOME", f"python -m pipelines.align configs/shapes/sparse.yaml train.steps=2 {' '.join(SMALL)}")
     account(demo, *commands[1 : start + 1])
-    assert "| **mean** |" in account(demo, *exports, short).stdout
+    for _ in range(2):
+        assert "| **mean** |" in account(demo, *exports, short).stdout
     account(demo, *exports, commands[-1])
+    assert len(list((account.home / "demo" / ".flowbp_ray" / "runs").iterdir())) == 3
 
 
 def running(status):

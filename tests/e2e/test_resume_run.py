@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -100,6 +101,17 @@ def test_interrupted_at_every_step_in_turn_it_ends_as_the_undisturbed_run(undist
         interrupted(config, folder, step, monkeypatch)
         assert runs.unfinished(config, tmp_path.glob("*")) == folder
         reached.append(runs.Kept(config, folder).steps)
+    judge = alignment.judged
+
+    def judged(*arguments):
+        judge(*arguments)
+        raise KeyboardInterrupt  # as soon as its figures are logged
+
+    with monkeypatch.context() as patched:
+        patched.setattr(alignment, "judged", judged)
+        with pytest.raises(KeyboardInterrupt):
+            align(config, folder)
+    assert runs.unfinished(config, tmp_path.glob("*")) == folder
     again = align(config, folder)
     assert all(steps > step for step, steps in enumerate(reached))
     assert again.info["run_id"] != outcome.info["run_id"]
@@ -152,10 +164,17 @@ def test_other_numbers_of_workers_and_samplers_go_on_to_the_same_weights_from_ch
     assert not list(folder.glob("checkpoint*"))
     config = configured(tmp_path, storage, "train.workers=2", "cluster.samplers=2")
     assert runs.unfinished(config, tmp_path.glob("*")) == folder
-    align(config, folder)
+    # The machine with the run's folder is lost, and what its last checkpoint says of it is all there is.
+    shutil.rmtree(folder)
+    folder.mkdir()
     there, place = fs.FileSystem.from_uri(bucket)
+    last = Path(runs.Kept(config, folder).newest.path).name
+    for name in alignment.IDENTITY:
+        fs.copy_files(f"{place}/run/{last}/{name}", str(folder / name), source_filesystem=there)
+    assert runs.unfinished(config, tmp_path.glob("*")) == folder
+    align(config, folder)
     fs.copy_files(f"{place}/run", str(tmp_path / "fetched"), source_filesystem=there)
-    assert not [f for f in folder.rglob("*") if f.is_file() and b"secret@" in f.read_bytes()]
+    assert not [f for f in tmp_path.rglob("*") if f.is_file() and b"secret@" in f.read_bytes()]
     one, two = final(outcome.folder), final(tmp_path / "fetched")
     start = load_file(outcome.folder / "checkpoint_000001" / "state_0.safetensors")
     moved = torch.cat([(one[k] - start[k]).flatten() for k in one if k.startswith("raw.")]).norm()

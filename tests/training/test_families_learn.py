@@ -1,5 +1,6 @@
 """Every family from the sampler by the reward to the learner, in one process, on tiny random models of the real classes."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -66,12 +67,15 @@ def test_compiled_it_samples_and_learns_the_same(made, tmp_path):
     for compiled in ("false", "true"):
         config = load(SPARSE, [*SMALL, *paths, f"cluster.compile={compiled}"])
         learner = Learner(config)
-        block = Sampler(config, ["a red ring", "two circles"], {0: list(learner.policy())}.__getitem__)({"number": np.array([0])})
+        sampler = Sampler(config, ["a red ring", "two circles"], {0: list(learner.policy())}.__getitem__)
+        with ThreadPoolExecutor(1) as other:  # as Ray Data calls it
+            block = other.submit(sampler, {"number": np.array([0])}).result()
         sampled.append(block["latents"])
         learner.accumulate(block | {"gradients": np.ones_like(block["inputs"])})
         gradients.append(learner.weights.gradient.clone())
-        blocks = learner.backbone.blocks(learner.backbone.transformer)
-        assert all((b._compiled_call_impl is not None) == (compiled == "true") for b in blocks)
+        for backbone in (learner.backbone, sampler.backbone):
+            blocks = backbone.blocks(backbone.transformer)
+            assert all((b._compiled_call_impl is not None) == (compiled == "true") for b in blocks)
     np.testing.assert_allclose(*sampled, rtol=0, atol=1e-4)
     assert (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[0].norm()
     assert gradients[0].norm() > 0
