@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import ray
 from ray.data import DataContext
@@ -27,12 +29,41 @@ def streaming():
         yield
 
 
-def stream(lag, store, parts=1, sampler=Sampler):
+def stream(lag, store, parts=1, sampler=Sampler, reward=Reward, pace=PACE):
     """Of steps 0 to LAST, each of so many micro-batches."""
     settings = {"train.policy_lag": lag, "train.batch": 2 * parts, "train.micro_batch": 2, "train.steps": LAST + 1}
     settings |= {"cluster.samplers": 1, "cluster.sampler_cpus": 0.1}
     config = load(SPARSE, [f"{key}={value}" for key, value in settings.items()])
-    return rollouts(config, ["a red ring"], store, "", sampler=paced(sampler, PACE), reward=paced(Reward, PACE))
+    return rollouts(config, ["a red ring"], store, "", sampler=paced(sampler, pace), reward=paced(reward, pace))
+
+
+class Open:
+    """A policy store that has all versions."""
+
+    async def admit(self, version):
+        pass
+
+    async def fetch(self, version):
+        return []
+
+
+def test_a_stage_and_a_train_worker_read_what_is_sampled_where_it_lies(cluster):
+    """In the object store, which nobody may write to: whoever has made a copy may write to that."""
+
+    class Looking(Reward):
+        """Notes whether it has a copy."""
+
+        def work(self, block):
+            copied = block["latents"].flags.writeable
+            return super().work(block) | {"copied": np.full(len(block["step"]), copied)}
+
+    store = ray.remote(Open).options(num_cpus=0).remote()
+    with streaming():
+        pace = replace(PACE, sample_bytes=2**20)
+        blocks = list(stream(1, store, reward=Looking, pace=pace).iter_batches(batch_size=None))
+    ray.kill(store)
+    assert len(blocks) == LAST + 1
+    assert not any(block["copied"].any() or block["latents"].flags.writeable for block in blocks)
 
 
 def test_a_micro_batch_that_waits_for_its_version_keeps_no_other_one(cluster):
