@@ -160,9 +160,9 @@ def left(config: AlignConfig, machines: Machines) -> Left:
     from mlflow import MlflowClient
 
     from flowbp_ray.tracking.tracker import RUN_FILE
-    from pipelines.runs import LIST
+    from pipelines.runs import BEGAN, LIST
 
-    (folder,) = config.output.iterdir()
+    (folder,) = (file.parent for file in config.output.glob(f"*/{BEGAN}"))  # a driver killed early may leave an empty one
     listed = json.loads((folder / LIST).read_text("utf-8"))
     final = folder / listed["latest_checkpoint_result"]["checkpoint_dir_name"] / "state_0.safetensors"
     client, run_id = MlflowClient(config.tracking.uri), json.loads((folder / RUN_FILE).read_text("utf-8"))["run_id"]
