@@ -224,6 +224,7 @@ def attempt(
             elif not told and since > max(PATIENCE, 10 * longest):
                 told = True
                 missing = f"{config.reserved()} are needed, free are {ray.available_resources()}"
+                missing += "; torch.compile takes minutes too" if config.cluster.compile else ""
                 bar.write(f"no step for {since:.0f} seconds: {missing}", sys.stderr)
         look(bar, at.tracker, said)
     except BaseException:
