@@ -186,12 +186,11 @@ def test_other_numbers_of_workers_and_samplers_go_on_to_the_same_weights_from_ch
 
 def test_samplers_come_and_go_and_the_weights_are_the_same(cluster, tmp_path, monkeypatch, capsys):
     # As long as each has work more come, and then they wait for a reward that takes seconds.
-    slow = (
-        'reward.components=[{name: slow, kind: function, path: "odd_rewards:slow", weight: 1}]',
-        "train.micro_batch=1",
-        "train.steps=5",
-    )
-    config, seen, look = configured(tmp_path, "cluster.max_samplers=3", *slow), [], alignment.look
+    def rewarded(by):
+        components = f'reward.components=[{{name: own, kind: function, path: "odd_rewards:{by}", weight: 1}}]'
+        return components, "train.micro_batch=1", "train.steps=5"
+
+    config, seen, look = configured(tmp_path, "cluster.max_samplers=3", *rewarded("slow")), [], alignment.look
 
     def watched(bar, tracker, said):
         if runs.Kept(config, tmp_path / "run").steps < 3:  # then the last step is sampled, and nobody is needed any more
@@ -205,7 +204,7 @@ def test_samplers_come_and_go_and_the_weights_are_the_same(cluster, tmp_path, mo
     most = seen.index(max(seen))
     assert 1 < seen[most] > min(seen[most:]) >= 1, seen
     assert re.search(r"no step for \d seconds: \{'CPU': .*\} are needed, free are", capsys.readouterr().err)
-    fixed = align(configured(tmp_path / "fixed", *slow), tmp_path / "fixed" / "run")
+    fixed = align(configured(tmp_path / "fixed", *rewarded("brightness")), tmp_path / "fixed" / "run")
     one, two = final(fixed.folder, 5), final(tmp_path / "run", 5)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
