@@ -37,18 +37,17 @@ def stream(lag, store, parts=1, sampler=Sampler, reward=Reward, pace=PACE):
     return rollouts(config, ["a red ring"], store, "", sampler=paced(sampler, pace), reward=paced(reward, pace))
 
 
-class Open:
-    """A policy store that has all versions."""
-
-    async def admit(self, version):
-        pass
-
-    async def fetch(self, version):
-        return []
-
-
 def test_a_stage_and_a_train_worker_read_what_is_sampled_where_it_lies(cluster):
     """In the object store, which nobody may write to: whoever has made a copy may write to that."""
+
+    class Open:
+        """A policy store that has all versions."""
+
+        async def admit(self, version):
+            pass
+
+        async def fetch(self, version):
+            return []
 
     class Looking(Reward):
         """Notes whether it has a copy."""
