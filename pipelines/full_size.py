@@ -280,6 +280,8 @@ def update_table(rows: list[Row]) -> str:
         "difference",
         "a step : one velocity",
     ]
+    if compares := any(row.compiled for row in rows):
+        head.append("by torch.compile, of the seconds")
     body = []
     for row in rows:
         cells = [str(row.active)]
@@ -289,12 +291,10 @@ def update_table(rows: list[Row]) -> str:
             cells.append(f"{other / one:.2f}" if one and other else "–")
         cells.append("–" if row.difference is None else f"{row.difference:.1e}")
         cells.append("–" if row.of_velocity is None else f"{row.of_velocity:.3f}")
-        if row.compiled and row.walk:
-            cells.append(f"{row.compiled / row.walk.seconds:.3f}")
+        if compares:
+            cells.append(f"{row.compiled / row.walk.seconds:.3f}" if row.compiled and row.walk else "–")
         body.append(cells)
-    if any(row.compiled for row in rows):
-        head.append("by torch.compile, of the seconds")
-    return table(head, [[*cells, "–"][: len(head)] for cells in body])
+    return table(head, body)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -180,7 +180,7 @@ class Painter:
             return adapter
 
     def _copied(self, name: str, place: Path) -> Path:
-        """The folder with a copy of an adapter of `fetched`."""
+        """Copy an adapter to ``place``; the folder in it that has the weights. Errors as of `fetched`."""
         if name.startswith(FOLDER):
             folder, _, state = name.removeprefix(FOLDER).rpartition(STATE)
             source = Path(folder) / EXPORT_FILE
