@@ -33,13 +33,12 @@ from flowbp_ray.tracking.store import masked
 from flowbp_ray.tracking.tracker import RUN_FILE, WARNINGS
 from flowbp_ray.training import EXPORT_FILE, NOTE_FILE
 from flowbp_ray.training.worker import Job, learner_of, train_loop
-from pipelines import runs
 from pipelines.causes import clean_up, lost, reason
-from pipelines.runs import Kept
+from pipelines.runs import BEGAN, CONFIG, Kept
 from pipelines.session import Session, on_this_node, progress, session
 
 #: What a run is: its configuration, what it began with, and its MLflow run. Its folder has them, and each checkpoint.
-IDENTITY = (runs.CONFIG, runs.BEGAN, RUN_FILE)
+IDENTITY = (CONFIG, BEGAN, RUN_FILE)
 PATIENCE = 180  # seconds without a step, or ten times the longest so far, after which the user is told what may be missing
 
 

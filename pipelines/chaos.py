@@ -142,6 +142,8 @@ def run(
             elif role == "reward application":
                 while not (there := serve.status().applications) and command.process.poll() is None:
                     time.sleep(0.05)
+                if not there:
+                    break
                 for name in there:
                     serve.delete(name, _blocking=False)  # it may be there again before Serve has seen that it was gone
             elif not machines.kill(role, randomly, command):

@@ -1,14 +1,30 @@
 """The commands as a person runs them."""
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+ROOT = Path(__file__).parents[2]
 
-def run(*arguments, cwd=None):
-    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False, cwd=cwd)
+
+def run(*arguments, cwd=None, **variables):
+    env = os.environ | variables
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False, cwd=cwd, env=env)
+
+
+@pytest.mark.parametrize("command", ["encode_prompts", "evaluate", "compare"])
+def test_in_a_submitted_job_nothing_is_written_to_its_temporary_copy(command, tmp_path):
+    job = json.dumps({"runtime_env": {"working_dir": "gcs://package.zip"}})
+    given = [f"pipelines.{command}", str(ROOT / "configs" / "shapes" / "sparse.yaml"), "--output", "results"]
+    result = run(*given, cwd=tmp_path, RAY_JOB_CONFIG_JSON_ENV_VAR=job, PYTHONPATH=str(ROOT))
+    assert result.returncode == 2
+    assert f"--output is {tmp_path}/results, in the temporary copy of the working directory" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["build_shapes", "show_shapes"])
