@@ -24,7 +24,7 @@ from flowbp_ray.pictures import Cell, Row, sheet
 from flowbp_ray.rollouts.evaluation import Pictures, differences, evaluate, scores
 from flowbp_ray.rollouts.policy import PolicyStore
 from flowbp_ray.rollouts.prompts import pictured, read_prompts
-from flowbp_ray.rollouts.stages import RewardStage, SamplerStage, Timed
+from flowbp_ray.rollouts.stages import RewardStage, SamplerStage, Sampling, Timed
 from flowbp_ray.rollouts.stream import rollouts
 from flowbp_ray.shapes.checker import check
 from flowbp_ray.shapes.evaluation import Score
@@ -65,7 +65,7 @@ class Outcome:
 class Parts:
     """What does the work of an attempt; `pipelines.scale` puts others in its place."""
 
-    sampler: type[Timed] = SamplerStage
+    sampler: type[Sampling] = SamplerStage
     reward: type[Timed] = RewardStage
     learner: Callable[[AlignConfig, int], Any] = learner_of
 

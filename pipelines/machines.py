@@ -37,7 +37,6 @@ SMALL = (
 PROCESSES = {
     "sampler": "SamplerStage)",
     "reward stage": "RewardStage)",
-    "admission": "Admission)",
     "reward replica": "ray::ServeReplica:rewards-",
     "train worker": "ray::RayTrainWorker",
     "train controller": "ray::TrainController",

@@ -19,7 +19,7 @@ from flowbp_ray.config import AlignConfig
 from flowbp_ray.randomness import seed_of
 from flowbp_ray.rollouts.batches import Block, Chunk, MicroBatch, Piece, policy_version
 from flowbp_ray.rollouts.plans import plan_of
-from flowbp_ray.rollouts.stages import Timed
+from flowbp_ray.rollouts.stages import Sampling, Timed
 from flowbp_ray.surrogate.plan import Plan
 
 if TYPE_CHECKING:
@@ -48,13 +48,13 @@ class Pace:
         return self.rollout * (2 if late else 1)
 
 
-class Sampler(Timed):
+class Sampler(Sampling):
     """Loads policies, and then waits."""
 
-    name = "sampling"
     pace: Pace
 
     def __init__(self, config: AlignConfig, prompts: Sequence[str], store: ActorHandle) -> None:
+        super().__init__(config, store)
         self.config, self.prompts, self.store, self.version = config, prompts, store, -1
 
     def work(self, block: Block) -> Block:

@@ -10,8 +10,8 @@ from ray import ObjectRef
 
 
 class PolicyStore:
-    """Knows the chunks of the versions that may still be asked for, each version from ``publishers`` train workers; whoever
-    needs one that is still to come waits here and not in a sampler."""
+    """Knows the chunks of the versions that may still be asked for, each version from ``publishers`` train workers, and when
+    one that is still to come is there."""
 
     def __init__(self, publishers: int) -> None:
         self.publishers = publishers

@@ -6,6 +6,7 @@ Ray imports this module in every process that passes a stage on, so what loads t
 import json
 import platform
 import tempfile
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -63,7 +64,7 @@ def sample_bytes(block: Block) -> float:
 
 
 class Admission:
-    """Lets a micro-batch pass when its policy version exists."""
+    """Lets a micro-batch, whose number is the one row of ``number``, pass when its policy version exists."""
 
     def __init__(self, config: AlignConfig, store: ActorHandle) -> None:
         self.config, self.store = config, store
@@ -74,14 +75,43 @@ class Admission:
         return block
 
 
-class SamplerStage(Timed):
-    """A `Sampler` that fetches its policies from the store."""
+class Sampling(Timed):
+    """Works on one of the micro-batches that it was given, when its policy version exists: the first that there is.
+
+    Each waits in a thread of its own, as an actor's tasks begin in any order: one must not keep another that its version needs.
+    """
 
     name = "sampling"
+
+    def __init__(self, config: AlignConfig, store: ActorHandle) -> None:
+        self.admission = Admission(config, store)
+        self.given: list[int] = []
+        self.changed, self.turn = threading.Condition(), threading.Lock()
+
+    def __call__(self, block: Block) -> Block:
+        """The micro-batch whose number is the one row of ``number``."""
+        number = int(block["number"][0])
+        with self.changed:
+            self.given.append(number)
+        try:
+            self.admission(block)
+            with self.changed:
+                self.changed.wait_for(lambda: number == min(self.given))
+            with self.turn:
+                return super().__call__(block)
+        finally:
+            with self.changed:
+                self.given.remove(number)
+                self.changed.notify_all()
+
+
+class SamplerStage(Sampling):
+    """A `Sampler` that fetches its policies from the store."""
 
     def __init__(self, config: AlignConfig, prompts: Sequence[str], store: ActorHandle) -> None:
         from flowbp_ray.rollouts.sampler import Sampler
 
+        super().__init__(config, store)
         # One chunk after the other: a sampler has no second copy of a policy.
         self.sampler = Sampler(config, prompts, lambda version: map(ray.get, ray.get(store.fetch.remote(version))))
 

@@ -1,6 +1,7 @@
-"""The stream of rollouts on Ray Data: admission, a pool of samplers, rewards. One block is one micro-batch, all along.
+"""The stream of rollouts on Ray Data: a pool of samplers, rewards. One block is one micro-batch, all along.
 
-A micro-batch enters when the policy version that it asks for exists, so no sampler ever waits inside a task.
+A sampler has its next micro-batches at hand, and begins one when the policy version that it asks for exists. Where samplers come
+and go, micro-batches wait for that before the pool.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, Dataset
 
 from flowbp_ray.config import AlignConfig
-from flowbp_ray.rollouts.stages import Admission, RewardStage, SamplerStage, Timed
+from flowbp_ray.rollouts.stages import Admission, RewardStage, SamplerStage, Sampling, Timed
 
 #: Micro-batches that wait for their policy versions. As admitting takes no time, Ray Data's own turn between two would be
 #: most of it.
@@ -24,7 +25,7 @@ def rollouts(
     store: ActorHandle,
     application: str,
     first_step: int = 0,
-    sampler: type[Timed] = SamplerStage,
+    sampler: type[Sampling] = SamplerStage,
     reward: type[Timed] = RewardStage,
 ) -> Dataset:
     """All micro-batches of a run from a step on, in order, by these stages. Set ``preserve_order`` where it is executed."""
@@ -33,34 +34,32 @@ def rollouts(
     source = ray.data.from_arrow([pa.table({"number": [n]}) for n in range(first_step * parts, config.train.steps * parts)])
     whole = {"batch_size": None, "batch_format": "numpy"}  # a killed actor is restarted and its task repeated, by default
 
-    def pool(size: int, most: int | None = None, *, ahead: int) -> ActorPoolStrategy:
+    def pool(size: int, most: int | None = None, *, ahead: int, threads: bool = False) -> ActorPoolStrategy:
         # One micro-batch is worked on, and where there are others they are fetched, or handed on, meanwhile. A process without
         # one waits for Ray Data's executor, which looks for what is done each 0.1 s as long as anything is not.
         return ActorPoolStrategy(
-            min_size=size, max_size=most or size, max_tasks_in_flight_per_actor=ahead, max_concurrent_calls_per_actor=ahead
+            min_size=size,
+            max_size=most or size,
+            max_tasks_in_flight_per_actor=ahead,
+            max_concurrent_calls_per_actor=ahead,
+            enable_true_multi_threading=threads,
         )
 
-    # Each waits by itself: an actor's tasks may begin in any order, and one that has to wait must not keep one that it waits for.
-    waiting = ActorPoolStrategy(
-        size=1, max_tasks_in_flight_per_actor=AHEAD, max_concurrent_calls_per_actor=AHEAD, enable_true_multi_threading=True
-    )
-    # At lag 0 a step waits for its last micro-batch, for which another sampler may be free sooner.
-    spare = config.train.policy_lag == 0 and cluster.samplers > 1
-    return (
-        source.map_batches(Admission, fn_constructor_args=(config, store), compute=waiting, num_cpus=0.01, **whole)
-        .map_batches(
-            sampler,
-            fn_constructor_args=(config, prompts, store),
-            compute=pool(cluster.samplers, cluster.max_samplers, ahead=1 if spare else 2),
-            num_cpus=cluster.sampler_cpus,
-            num_gpus=cluster.sampler_gpus,
-            **whole,
-        )
-        .map_batches(
-            reward,
-            fn_constructor_args=(config, application),
-            compute=pool(cluster.rewards.most, ahead=4),
-            num_cpus=0.01,
-            **whole,
-        )
+    if cluster.max_samplers is not None:
+        # Ray Data has samplers come and go by how many of them were given something: that must not be what has to wait.
+        waiting = pool(1, ahead=AHEAD, threads=True)
+        source = source.map_batches(Admission, fn_constructor_args=(config, store), compute=waiting, num_cpus=0.01, **whole)
+    return source.map_batches(
+        sampler,
+        fn_constructor_args=(config, prompts, store),
+        compute=pool(cluster.samplers, cluster.max_samplers, ahead=2, threads=True),
+        num_cpus=cluster.sampler_cpus,
+        num_gpus=cluster.sampler_gpus,
+        **whole,
+    ).map_batches(
+        reward,
+        fn_constructor_args=(config, application),
+        compute=pool(cluster.rewards.most, ahead=4),
+        num_cpus=0.01,
+        **whole,
     )
