@@ -1,5 +1,8 @@
 """What several machines have to share, on a cluster of one."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,14 @@ def test_several_machines_need_a_tracking_server_and_a_folder_that_all_see(two, 
     monkeypatch.setattr(session, "blind_to", lambda folder, machines: ["two"])
     with pytest.raises(ConfigError, match=r"two cannot see .*/runs: set output to a folder that all machines share"):
         session.check_machines(served)
+
+
+def test_ray_datas_executor_asks_at_once():
+    """Ray's name for it is none that is documented."""
+    asked = "from ray.data._internal.execution.metadata_fetcher import make_metadata_fetcher as m; print(type(m()).__name__)"
+    run = [sys.executable, "-c", asked]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ | session.AT_ONCE)
+    assert done.stdout.strip() == "InlineMetadataFetcher"
 
 
 def test_a_submitted_job_keeps_nothing_in_its_temporary_copy(tmp_path, monkeypatch):
