@@ -91,7 +91,7 @@ class Machines:
         from ray import serve
         from ray.cluster_utils import Cluster
 
-        from pipelines.session import AT_ONCE, bound_memory
+        from pipelines.session import PROMPT, bound_memory
 
         self.mark = uuid.uuid4().hex
         os.environ[MARK] = self.mark  # which all of the cluster's processes inherit
@@ -99,7 +99,7 @@ class Machines:
         bound_memory()
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         self.workers = [self.cluster.add_node(**self.each) for _ in range(self.number)]
-        ray.init(address=self.cluster.address, runtime_env={"env_vars": AT_ONCE}, log_to_driver=False, logging_level="error")
+        ray.init(address=self.cluster.address, runtime_env={"env_vars": PROMPT}, log_to_driver=False, logging_level="error")
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
         return self
 

@@ -28,8 +28,9 @@ from pipelines.rewarding import rewarding
 #: 100,000 bytes, stays for ever in the process that runs Ray Data's stream; and Ray's GCS keeps 100,000 finished tasks.
 MEMORY = {"RAY_max_direct_call_object_size": "8192", "RAY_task_events_max_num_task_in_gcs": "1000"}
 #: Ray Data's executor asks for the size of what a stage made itself. A thread of its own has the answer just after the executor
-#: has looked, and it looks again 0.1 s later: for every stage, which a step at policy_lag 0 waits for.
-AT_ONCE = {"RAY_DATA_METADATA_PREFETCH_ON_THREAD": "0"}
+#: has looked, and it looks again 0.1 s later: for every stage, which a step at policy_lag 0 waits for. And Ray Train's controller
+#: looks more often than each 2 s for train workers that have ended, or are no more.
+PROMPT = {"RAY_DATA_METADATA_PREFETCH_ON_THREAD": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 
 
 def bound_memory() -> None:
@@ -41,7 +42,7 @@ def bound_memory() -> None:
 def connect(config: AlignConfig) -> None:
     """Join the cluster of RAY_ADDRESS (every Ray job has it), else start one here. ConfigError if it is too small, or if what a
     submitted job makes would be lost."""
-    variables = {"OMP_NUM_THREADS": str(config.cluster.threads), "TRANSFORMERS_VERBOSITY": "error"} | AT_ONCE
+    variables = {"OMP_NUM_THREADS": str(config.cluster.threads), "TRANSFORMERS_VERBOSITY": "error"} | PROMPT
     given = job_environment().get("env_vars", {})
     quiet = {"env_vars": {k: v for k, v in variables.items() if k not in given}}  # Ray refuses a job's own
     check_lasts("output", config.output)

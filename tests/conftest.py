@@ -88,9 +88,11 @@ def cluster():
     import ray
     from ray import serve
 
+    from pipelines.session import PROMPT
+
     # Rewards of the tests' own are imported in replicas.
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}}
+    environment = {"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | PROMPT}
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env=environment)
     serve.start(proxy_location="Disabled")  # nothing is asked over HTTP, and on two busy cores the proxy starts too late
     yield

@@ -39,7 +39,7 @@ def test_ray_datas_executor_asks_at_once():
     """Ray's name for it is none that is documented."""
     asked = "from ray.data._internal.execution.metadata_fetcher import make_metadata_fetcher as m; print(type(m()).__name__)"
     run = [sys.executable, "-c", asked]
-    done = subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ | session.AT_ONCE)
+    done = subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ | session.PROMPT)
     assert done.stdout.strip() == "InlineMetadataFetcher"
 
 
