@@ -6,7 +6,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # Byte code of all that is installed takes a minute. What runs is compiled by being imported, the rest if it is ever used.
 COMPILED := import flowbp_ray.training.learner, flowbp_ray.rollouts.sampler, serve.rewards, pipelines.alignment, pytest, mypy.api
 
-.PHONY: help demo test test-all check ui clean
+.PHONY: help demo test test-all drill check ui clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,11 +24,14 @@ demo: .venv/ready ## align the embedded default on a local Ray cluster and show 
 	$(BIN)/python -m pipelines.align configs/shapes/sparse.yaml
 
 test: .venv/ready ## fast tests and the end-to-end ones, at most 20 minutes
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not drill'
 
-# Each file in a process of its own: many start clusters of their own.
-test-all: test ## everything, which takes over an hour on two cores
+# Each file in a process of its own.
+test-all: test ## these and the slow ones, at most an hour
 	for file in $$(grep -rl mark.slow tests --include='test_*.py'); do $(BIN)/python -m pytest -m slow $$file || exit 1; done
+
+drill: .venv/ready ## parts killed, interruptions, jobs, what is served, pages in Chromium: half an hour, as CI does
+	for file in $$(grep -rl mark.drill tests --include='test_*.py'); do $(BIN)/python -m pytest -m drill $$file || exit 1; done
 
 check: .venv/ready ## ruff and mypy
 	$(BIN)/ruff check .

@@ -12,11 +12,12 @@
     python -m pipelines.benchmark images --clients 32 --seconds 60
 
 `update` measures one step at a time against the whole graph, on the GPU if there is one, and says what fits for its model;
-`fits` counts that for all models, without a GPU; `rollout` compares sampling with the stock diffusers pipeline; `wire` counts
-what a sample has on its way to the trainer. The others start a local cluster: `reward` compares the reward service with a call in
-one process, and kills a replica of it under load; `publish` times weights on their way to samplers; `pipeline` compares the whole
-system with a loop in one process; `scale` has the real orchestration drive stages that only wait, up to 16 samplers; `images`
-asks the text-to-image service one by one and with many clients at once, while a replica is killed and an adapter replaced.
+`fits` counts that for all models, without a GPU, and what `reward.decoder` saves; `rollout` compares sampling with the stock
+diffusers pipeline; `wire` counts what a sample has on its way to the trainer. The others start a local cluster: `reward` compares
+the reward service with a call in one process, and kills a replica of it under load; `publish` times weights on their way to
+samplers; `pipeline` compares the whole system with a loop in one process; `scale` has the real orchestration drive stages that
+only wait, up to 16 samplers; `images` asks the text-to-image service one by one and with many clients at once, while a replica is
+killed and an adapter replaced.
 
 Each table in Markdown is followed by its figures as one line of JSON; --mlflow keeps both in an MLflow run too.
 """
@@ -165,6 +166,8 @@ def counted(args: argparse.Namespace) -> Iterator[Result]:
     if args.command == "update":
         yield full_size.update(args)
     yield full_size.fits(names, args.caps)
+    if args.command == "fits":
+        yield full_size.decoders(names)
 
 
 def keep(uri: str, command: str, given: dict[str, Any], found: list[Result]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
 
@@ -191,12 +192,14 @@ def update(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 @cache
-def rewards(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
+def rewards(name: str, shape: tuple[int, ...], *, checkpointed: bool = False) -> tuple[int, int, int, int]:
     """Bytes of a decoder (bfloat16), of a CLIP ViT-H (float32), and of all that scoring latents of ``shape`` makes, with the
-    gradient."""
+    gradient, and its FLOPs."""
     family = PUBLISHED[name].family
     with torch.device("meta"):
         vae = family.vae_class(**PUBLISHED[name].vae).to(torch.bfloat16).requires_grad_(False)
+        if checkpointed:
+            vae.enable_gradient_checkpointing()
         clip = CLIPModel(VIT_H).requires_grad_(False)
         latents, ids = torch.zeros(shape, requires_grad=True), torch.zeros(shape[0], 77, dtype=torch.int64)
 
@@ -204,7 +207,27 @@ def rewards(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
         pixels = pixel_values(family.decode_latents(vae, latents), VIT_H.vision_config.image_size)
         similarity(clip, pixels, ids).diagonal().sum().backward()
 
-    return weights(vae), weights(clip), peak(score)
+    made = peak(score)
+    with FlopCounterMode(display=False) as flops:
+        score()
+    return weights(vae), weights(clip), made, flops.get_total_flops()
+
+
+def decoders(names: list[str]) -> tuple[str, list[dict[str, Any]]]:
+    """Count what scoring a picture with its gradient takes by either ``reward.decoder``: a text, and its figures."""
+    found: list[dict[str, Any]] = []
+    for name, pixels in product(names, SIZES):
+        shape = tuple(build(name, "meta", torch.bfloat16, height=pixels, width=pixels).latents.shape)
+        (plain, flops), (saved, more) = (rewards(name, shape, checkpointed=c)[2:] for c in (False, True))
+        found.append({"model": name, "pixels": pixels, "plain": plain, "checkpointed": saved, "flops": flops, "with_more": more})
+    head = ["model", "pixels", "decoder plain, GB", "checkpointed, GB", "ratio", "FLOPs' ratio"]
+    rows = []
+    for f in found:
+        gigabytes = [f"{f[way] / GB:.2f}" for way in ("plain", "checkpointed")]
+        ratios = [f"{f['checkpointed'] / f['plain']:.2f}", f"{f['with_more'] / f['flops']:.2f}"]
+        rows.append([str(f["model"]), f"{f['pixels']}²", *gigabytes, *ratios])
+    said = "Decoding one picture, scoring it by a CLIP ViT-H and going back to the latents, by `reward.decoder`."
+    return f"{table(head, rows)}\n\n{said}", found
 
 
 def needs(name: str, *, full: bool, checkpointing: bool, pixels: int) -> Needs:
@@ -215,7 +238,7 @@ def needs(name: str, *, full: bool, checkpointing: bool, pixels: int) -> Needs:
     made = build(name, "meta", torch.bfloat16, full=full, checkpointing=checkpointing, height=pixels, width=pixels)
     plan = made.plan("sparse", active_steps=1)
     kept, step = held(made.backbone)
-    vae, clip, scoring = rewards(name, tuple(made.latents.shape))
+    vae, clip, scoring, _ = rewards(name, tuple(made.latents.shape))
 
     @torch.no_grad()
     def sample() -> None:

@@ -128,8 +128,6 @@ class Rewards:
             self.vae.requires_grad_(False).eval().to(device)
             if reward.decoder == "checkpointed":
                 self.vae.enable_gradient_checkpointing()
-            if reward.decoder == "tiled":
-                self.vae.enable_tiling()
         sent = Sent()
         self.components: list[Component | ServedReward] = [
             ServedReward(c.name, served[c.name], c.weight, c.clip, sent)

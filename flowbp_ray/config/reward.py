@@ -160,9 +160,8 @@ class Reward(Section):
     """The list of rewards, each with name, path and weight."""
     application: Text | None = None
     """A Ray Serve application of serve.rewards that runs on the cluster and has these components; null starts one for the run."""
-    decoder: Literal["plain", "checkpointed", "tiled"] = "plain"
-    """How the gradient goes through the decoder: ``checkpointed`` computes it again for less memory, ``tiled`` decodes large
-    pictures in overlapping tiles, for less still, and not quite the same pictures."""
+    decoder: Literal["plain", "checkpointed"] = "plain"
+    """How the gradient goes through the decoder: ``checkpointed`` computes it again for less memory."""
 
     @field_validator("components")
     @classmethod

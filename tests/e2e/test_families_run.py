@@ -38,11 +38,8 @@ SMALL = (
 )
 pytestmark = pytest.mark.slow
 WHAT = {"adapter": ("train.velocity_penalty=0.1",), "all": ("adapter=null", "train.velocity_penalty=0")}
-
-
-@pytest.fixture(scope="module", params=[tiny.sd3, tiny.flux1, tiny.flux2], ids=lambda made: made.__name__)
-def folder(request, tmp_path_factory):
-    return tiny.saved(request.param, tmp_path_factory.mktemp("model"))
+#: What every family's parts are is in tests/training/test_sharded.py; here they go over the wire.
+RUNS = [(tiny.sd3, "adapter"), (tiny.sd3, "all"), (tiny.flux1, "all"), (tiny.flux2, "adapter")]
 
 
 @pytest.fixture
@@ -53,9 +50,9 @@ def group(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("what", WHAT)
-def test_two_sharded_workers_learn_what_one_does(cluster, folder, what, group, tmp_path):
-    prompts = tmp_path / "prompts.txt"
+@pytest.mark.parametrize(("family", "what"), RUNS, ids=[f"{family.__name__}-{what}" for family, what in RUNS])
+def test_two_sharded_workers_learn_what_one_does(cluster, family, what, group, tmp_path):
+    folder, prompts = tiny.saved(family, tmp_path / "model"), tmp_path / "prompts.txt"
     prompts.write_text("a red ring\ntwo circles\na blue cross\n", encoding="utf-8")
     paths = [f"model.path={folder}", f"prompts.path={prompts}", f"evaluation.prompts={prompts}", f"output={tmp_path}"]
     settings = [*SMALL, *paths, *WHAT[what], f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]

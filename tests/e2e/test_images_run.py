@@ -29,7 +29,7 @@ SPARSE = ROOT / "configs" / "shapes" / "sparse.yaml"
 PROMPT, STEPS = "a red ring", 4
 NAMES = ("shapes", "shapes-aligned/1", "shapes-aligned/2", "loose")
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.drill
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def marked(mark):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.skipif(not Path("/proc").exists(), reason="processes are found in /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_no_process_and_a_usable_checkpoint(tmp_path, number):

@@ -18,7 +18,7 @@ from flowbp_ray.config import load
 from pipelines.runs import Kept
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.drill,
     pytest.mark.skipif(not Path("/proc").exists(), reason="the driver is found in /proc"),
 ]
 

@@ -17,7 +17,7 @@ from serving import SECRET, TOKEN, served
 from flowbp_ray import shapes
 from flowbp_ray.rewards.clip import CLIPScore
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.drill
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ QUIET = (
     "--no-first-run",
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.drill
 
 
 def settings(place):

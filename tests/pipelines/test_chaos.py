@@ -49,7 +49,7 @@ def test_the_table_has_every_role_with_its_times():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.skipif(not Path("/proc").exists(), reason="processes are found in /proc")
 def test_a_sampler_a_reward_stage_a_train_worker_and_the_driver_are_killed_and_nothing_is_different(tmp_path):
     command = [sys.executable, "-m", "pipelines.chaos", "train.steps=8", "--kills", "4", "--per-run", "4"]

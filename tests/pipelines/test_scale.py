@@ -30,7 +30,7 @@ def test_bounds_of_the_cases():
     assert 10 < late < 14
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_steps_are_about_as_long_as_their_bounds_or_longer():
     rows, said = benchmark("scale", "--series", "balanced", "--samplers", "2", "--factor", "0.2", "--steps", "3")
     assert [row["lag"] for row in rows] == [0, 1]
@@ -39,7 +39,7 @@ def test_steps_are_about_as_long_as_their_bounds_or_longer():
     assert "| balanced | 2 | 1 | 1 | 16 | 0 | 1 MB |" in said
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_the_loop_and_the_whole_system_end_with_the_same_weights():
     small = ["train.batch=4", "train.micro_batch=2", "sampling.steps=4", "surrogate.active_steps=2", "adapter.rank=4"]
     rows, said = benchmark("pipeline", *small, "--steps", "1")
@@ -47,7 +47,7 @@ def test_the_loop_and_the_whole_system_end_with_the_same_weights():
     assert "bit by bit" in said
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_what_is_published_is_loaded():
     rows, _ = benchmark("publish", "--samplers", "1")
     assert [(row["what"], row["bytes"]) for row in rows] == [("adapter", 96 * 2**20), ("full", 2**30)]

@@ -16,7 +16,7 @@ from flowbp_ray.tracking import tracker
 from flowbp_ray.tracking.store import check_server
 from flowbp_ray.tracking.tracker import Tracker
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.drill
 
 CONFIG = {"model": {"path": "shapes"}, "surrogate": {"method": "sparse"}, "tracking": {"uri": None}}
 

@@ -19,7 +19,7 @@ from playwright.sync_api import expect, sync_playwright
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium")
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.drill
 
 
 STEPS = 4

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from flowbp_ray import backbones
 from flowbp_ray.config import load
@@ -101,6 +102,21 @@ def test_all_weights_gradient(folder, tmp_path, settings, monkeypatch):
         _, wanted = learned(config)
     _, gradient = learned(configured(folder, tmp_path, *FULL, *settings))
     assert apart(gradient, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("what", [("train.sharded=true",), FULL], ids=["adapter", "all weights"])
+def test_unsharded_gradients_are_summed_up_once_an_update(folder, tmp_path, what, monkeypatch):
+    """And not once for each active step of each micro-batch."""
+    sums, reduce = [], _fsdp_param_group.foreach_reduce
+    monkeypatch.setattr(_fsdp_param_group, "foreach_reduce", lambda *given, **named: sums.append(0) or reduce(*given, **named))
+    counted = []
+    for settings in ((), ("train.unsharded_gradients=true",)):
+        sums.clear()
+        learned(configured(folder, tmp_path, *what, *settings))
+        counted.append(len(sums))
+    often, once = counted
+    assert once > 0
+    assert often == 2 * 3 * once
 
 
 def test_all_weights_are_trained_published_and_saved(folder, tmp_path):
