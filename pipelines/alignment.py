@@ -185,7 +185,9 @@ def attempt(
 ) -> Result:
     """One stream of rollouts and one group of train workers, as far as they get."""
     others = placement_groups()
-    store = ray.remote(PolicyStore).options(num_cpus=0).remote(config.train.workers if config.train.sharded else 1)
+    # All samplers may wait in it: of Ray's own 1,000 calls at once none would be left for who publishes.
+    store = ray.remote(PolicyStore).options(num_cpus=0, max_concurrency=100_000)
+    store = store.remote(config.train.workers if config.train.sharded else 1)
     cluster = config.cluster
     first = min(kept.steps, config.train.steps - 1)  # where all steps are done nobody reads it
     stream = rollouts(config, prompts, store, at.rewards, first, parts.sampler, parts.reward)

@@ -143,10 +143,9 @@ class Machines:
         import ray
         from ray import serve
 
+        parts = ("ray::MapWorker", *PROCESSES.values())
         for _ in range(30):
-            found = [
-                line for _, line in self.processes() if line.startswith("ray::") and any(p in line for p in PROCESSES.values())
-            ]
+            found = [line for _, line in self.processes() if line.startswith("ray::") and any(p in line for p in parts)]
             groups = ray.util.placement_group_table().values()
             found += [f"placement group {g['placement_group_id']}" for g in groups if g["state"] != "REMOVED"]
             found += [f"application {name}" for name in serve.status().applications]

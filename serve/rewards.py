@@ -234,7 +234,7 @@ def deployed(what: type, name: str, replicas: Replicas, at_once: int = 1) -> ser
         max_ongoing_requests=at_once,
         # A scoring thread may hold the interpreter for long: only a device that is lost makes a replica unhealthy.
         health_check_timeout_s=120,
-        graceful_shutdown_wait_loop_s=0.5,  # nobody asks it any more at a run's end, which waits for this
+        graceful_shutdown_wait_loop_s=0.5,  # at a run's end nobody asks any more, and this is waited for
         **scaling,
     )(what)
 

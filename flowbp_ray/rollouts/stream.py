@@ -14,9 +14,9 @@ from ray.data import ActorPoolStrategy, Dataset
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.stages import Admission, RewardStage, SamplerStage, Sampling, Timed
 
-#: Micro-batches that wait for their policy versions. As admitting takes no time, Ray Data's own turn between two would be
-#: most of it.
-AHEAD = 16
+#: Of a process in which micro-batches wait for their policy versions, each in one. A sampler may have two that wait, and Ray has
+#: it make earlier ones again, which those wait for, if a machine is lost that had what came of them.
+THREADS = 16
 
 
 def rollouts(
@@ -34,25 +34,29 @@ def rollouts(
     source = ray.data.from_arrow([pa.table({"number": [n]}) for n in range(first_step * parts, config.train.steps * parts)])
     whole = {"batch_size": None, "batch_format": "numpy"}  # a killed actor is restarted and its task repeated, by default
 
-    def pool(size: int, most: int | None = None, *, ahead: int, threads: bool = False) -> ActorPoolStrategy:
+    def pool(size: int, most: int | None = None, *, ahead: int, threads: int | None = None) -> ActorPoolStrategy:
         # One micro-batch is worked on, and where there are others they are fetched, or handed on, meanwhile. A process without
         # one waits for Ray Data's executor, which looks for what is done each 0.1 s as long as anything is not.
         return ActorPoolStrategy(
             min_size=size,
             max_size=most or size,
             max_tasks_in_flight_per_actor=ahead,
-            max_concurrent_calls_per_actor=ahead,
-            enable_true_multi_threading=threads,
+            max_concurrent_calls_per_actor=threads or ahead,
+            enable_true_multi_threading=threads is not None,
         )
 
+    # The first sampler there is takes as many as it may: at lag 0 a step's only two, where another sampler could have the second.
+    ahead = 1 if config.train.policy_lag == 0 and parts <= cluster.samplers else 2
+    samplers = pool(cluster.samplers, ahead=ahead, threads=THREADS)
     if cluster.max_samplers is not None:
-        # Ray Data has samplers come and go by how many of them were given something: that must not be what has to wait.
-        waiting = pool(1, ahead=AHEAD, threads=True)
+        # Ray Data has samplers come and go by how many threads have something: nothing that has to wait must be among it.
+        waiting = pool(1, ahead=THREADS, threads=THREADS)
         source = source.map_batches(Admission, fn_constructor_args=(config, store), compute=waiting, num_cpus=0.01, **whole)
+        samplers = pool(cluster.samplers, cluster.max_samplers, ahead=ahead, threads=ahead)
     return source.map_batches(
         sampler,
         fn_constructor_args=(config, prompts, store),
-        compute=pool(cluster.samplers, cluster.max_samplers, ahead=2, threads=True),
+        compute=samplers,
         num_cpus=cluster.sampler_cpus,
         num_gpus=cluster.sampler_gpus,
         **whole,

@@ -38,7 +38,7 @@ SMALL = (
 )
 pytestmark = pytest.mark.slow
 WHAT = {"adapter": ("train.velocity_penalty=0.1",), "all": ("adapter=null", "train.velocity_penalty=0")}
-#: What every family's parts are is in tests/training/test_sharded.py; here they go over the wire.
+#: Of each family, what shards otherwise; on one worker tests/training/test_sharded.py has all.
 RUNS = [(tiny.sd3, "adapter"), (tiny.sd3, "all"), (tiny.flux1, "all"), (tiny.flux2, "adapter")]
 
 

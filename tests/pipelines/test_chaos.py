@@ -51,10 +51,10 @@ def test_the_table_has_every_role_with_its_times():
 
 @pytest.mark.drill
 @pytest.mark.skipif(not Path("/proc").exists(), reason="processes are found in /proc")
-def test_a_sampler_a_reward_stage_a_train_worker_and_the_driver_are_killed_and_nothing_is_different(tmp_path):
-    command = [sys.executable, "-m", "pipelines.chaos", "train.steps=8", "--kills", "4", "--per-run", "4"]
-    command += ["--roles", "sampler", "reward stage", "train worker", "driver", "--output", str(tmp_path)]
+def test_a_sampler_a_reward_stage_a_train_worker_the_driver_and_a_machine_are_killed_and_nothing_is_different(tmp_path):
+    command = [sys.executable, "-m", "pipelines.chaos", "train.steps=9", "--kills", "5", "--per-run", "5"]
+    command += ["--roles", "sampler", "reward stage", "train worker", "driver", "worker node", "--output", str(tmp_path)]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "4 kills in runs of 8 steps" in (tmp_path / "table.md").read_text()
+    assert "5 kills in runs of 9 steps" in (tmp_path / "table.md").read_text()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -39,17 +40,21 @@ def stream(lag, store, *more, parts=1, sampler=Sampler, reward=Reward, pace=PACE
     return rollouts(config, ["a red ring"], store, "", sampler=paced(sampler, pace), reward=paced(reward, pace))
 
 
-def test_a_stage_and_a_train_worker_read_what_is_sampled_where_it_lies(cluster):
-    """In the object store, which nobody may write to: whoever has made a copy may write to that."""
+def open_store():
+    """A policy store that has all versions."""
 
-    class Open:
-        """A policy store that has all versions."""
-
+    class Open:  # here, it is sent to its process as it is
         async def admit(self, version):
             pass
 
         async def fetch(self, version):
             return []
+
+    return ray.remote(Open).options(num_cpus=0).remote()
+
+
+def test_a_stage_and_a_train_worker_read_what_is_sampled_where_it_lies(cluster):
+    """In the object store, which nobody may write to: whoever has made a copy may write to that."""
 
     class Looking(Reward):
         """Notes whether it has a copy."""
@@ -58,7 +63,7 @@ def test_a_stage_and_a_train_worker_read_what_is_sampled_where_it_lies(cluster):
             copied = block["latents"].flags.writeable
             return super().work(block) | {"copied": np.full(len(block["step"]), copied)}
 
-    store = ray.remote(Open).options(num_cpus=0).remote()
+    store = open_store()
     with streaming():
         pace = replace(PACE, sample_bytes=2**20)
         blocks = list(stream(1, store, reward=Looking, pace=pace).iter_batches(batch_size=None))
@@ -67,32 +72,61 @@ def test_a_stage_and_a_train_worker_read_what_is_sampled_where_it_lies(cluster):
     assert not any(block["copied"].any() or block["latents"].flags.writeable for block in blocks)
 
 
-@pytest.mark.parametrize(("lag", "samplers"), [(0, ()), (1, ("cluster.max_samplers=2",))], ids=["in samplers", "before the pool"])
-def test_a_micro_batch_that_waits_for_its_version_keeps_no_other_one(cluster, lag, samplers):
-    """An actor's tasks begin in any order: here each is let in once the one after it waits too."""
+def reversing_store(last):
+    """A policy store that lets each in once the one after it waits too, up to the ``last``; it says whether one came too late."""
 
-    class Reversed:
-        """A policy store."""
-
+    class Reversing:
         def __init__(self):
-            self.asked, self.changed = set(), asyncio.Condition()
+            self.asked, self.changed, self.late = set(), asyncio.Condition(), False
 
-        async def admit(self, version):
+        async def admit(self, which):
             async with self.changed:
-                self.asked.add(version)
+                self.asked.add(which)
                 self.changed.notify_all()
-                both = self.changed.wait_for(lambda: version == LAST - lag or version + 1 in self.asked)
-                await asyncio.wait_for(both, timeout=60)
+                both = self.changed.wait_for(lambda: which == last or which + 1 in self.asked)
+                try:
+                    await asyncio.wait_for(both, timeout=30)
+                except TimeoutError:
+                    self.late = True
 
         async def fetch(self, version):
             return []
 
-    store = ray.remote(Reversed).options(num_cpus=0).remote()
+        async def was_late(self):
+            return self.late
+
+    return ray.remote(Reversing).options(num_cpus=0).remote()
+
+
+def test_a_micro_batch_that_waits_in_a_sampler_keeps_no_other_one(cluster):
+    """An actor's tasks begin in any order."""
+
+    class ByNumber(Sampler):
+        """Asks for micro-batches, not for versions."""
+
+        def __init__(self, *given):
+            super().__init__(*given)
+            self.admission = lambda block: ray.get(self.store.admit.remote(int(block["number"][0])))
+
+    store = reversing_store(2 * (LAST + 1) - 1)
     with streaming():
-        blocks = stream(lag, store, *samplers).iter_batches(batch_size=None)
+        blocks = stream(0, store, parts=2, sampler=ByNumber).iter_batches(batch_size=None)
         steps = [int(block["step"][0]) for block in blocks]
+    late = ray.get(store.was_late.remote())
+    ray.kill(store)
+    assert steps == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert not late
+
+
+def test_where_samplers_come_and_go_a_micro_batch_that_waits_for_its_version_keeps_no_other_one(cluster):
+    store = reversing_store(LAST - 1)
+    with streaming():
+        blocks = stream(1, store, "cluster.max_samplers=2").iter_batches(batch_size=None)
+        steps = [int(block["step"][0]) for block in blocks]
+    late = ray.get(store.was_late.remote())
     ray.kill(store)
     assert steps == [0, 1, 2, 3]
+    assert not late
 
 
 def test_of_micro_batches_that_may_begin_the_first_one_does(cluster):
@@ -127,6 +161,76 @@ def test_of_micro_batches_that_may_begin_the_first_one_does(cluster):
     asked.result()
     ray.kill(store)
     assert worked == [1, 3, 7]
+
+
+def test_one_micro_batch_is_worked_on_at_a_time_and_an_error_keeps_none_of_the_others(cluster):
+    """Also where one with a lower number comes while a higher one is worked on."""
+
+    class Slow(Sampling):
+        """Notes begin and end, and fails once."""
+
+        def work(self, block):
+            number = int(block["number"][0])
+            worked.append(("begin", number))
+            time.sleep(0.5)
+            worked.append(("end", number))
+            if number == 5:
+                raise ValueError("five")
+            return {"step": np.zeros(1)}
+
+    worked, store = [], open_store()
+    sampling = Slow(load(SPARSE, []), store)
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(sampling, {"number": np.array([5])})
+        while not worked:
+            time.sleep(0.01)
+        others = [threads.submit(sampling, {"number": np.array([number])}) for number in (1, 7)]
+    with pytest.raises(ValueError, match="five"):
+        first.result()
+    assert all(other.result() for other in others)
+    ray.kill(store)
+    assert worked == [(what, number) for number in (5, 1, 7) for what in ("begin", "end")]
+
+
+def test_as_many_samplers_as_a_step_has_micro_batches_have_one_each(cluster):
+    """At lag 0 the first one there would else have both of a step, for good."""
+
+    class Steps:
+        """A policy store that has the next version when both micro-batches of a step are sampled."""
+
+        def __init__(self):
+            self.sampled, self.changed = [], asyncio.Condition()
+
+        async def admit(self, version):
+            async with self.changed:
+                await self.changed.wait_for(lambda: len(self.sampled) >= 2 * version)
+
+        async def done(self, number, sampler):
+            async with self.changed:
+                self.sampled.append((number, sampler))
+                self.changed.notify_all()
+
+        async def fetch(self, version):
+            return []
+
+        async def all(self):
+            return self.sampled
+
+    class Telling(Sampler):
+        """Says what it has sampled."""
+
+        def work(self, block):
+            ray.get(self.store.done.remote(int(block["number"][0]), os.getpid()))
+            return super().work(block)
+
+    store = ray.remote(Steps).options(num_cpus=0).remote()
+    with streaming():
+        for _ in stream(0, store, "cluster.samplers=2", parts=2, sampler=Telling).iter_batches(batch_size=None):
+            pass
+    by = dict(ray.get(store.all.remote()))
+    ray.kill(store)
+    assert sorted(by) == list(range(2 * (LAST + 1)))
+    assert all(by[2 * step] != by[2 * step + 1] for step in range(1, LAST + 1))  # of the first one, the first may have had both
 
 
 @pytest.mark.parametrize("lag", [0, 1])
