@@ -154,7 +154,7 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
 def counted(args: argparse.Namespace) -> Iterator[Result]:
     """Of the published models: what needs neither ray nor MLflow."""
     from flowbp_ray.backbones.published import PUBLISHED
-    from pipelines import full_size, wire
+    from pipelines import fits, full_size, wire
 
     if args.model not in (None, *PUBLISHED):
         raise ValueError(f"--model {args.model}: the published configurations are {', '.join(PUBLISHED)}")
@@ -165,9 +165,9 @@ def counted(args: argparse.Namespace) -> Iterator[Result]:
         return
     if args.command == "update":
         yield full_size.update(args)
-    yield full_size.fits(names, args.caps)
+    yield fits.fits(names, args.caps)
     if args.command == "fits":
-        yield full_size.decoders(names)
+        yield fits.decoders(names)
 
 
 def keep(uri: str, command: str, given: dict[str, Any], found: list[Result]) -> str:

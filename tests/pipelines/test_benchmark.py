@@ -165,10 +165,11 @@ torch.cuda.is_available = lambda: False
 sys.path.insert(0, sys.argv[1])
 import tiny
 from flowbp_ray.backbones import published
-from pipelines import benchmark, full_size
+from pipelines import benchmark, fits
 published.PUBLISHED.update(tiny.published())
-full_size.SIZES = (64,)
+fits.SIZES = (64,)
 benchmark.main("update --model flux2 --random-weights --active 1 4 --repeats 1 --height 64 --width 64 --caps 6 24".split())
+benchmark.main("fits --model flux2 --caps 24".split())
 """
 
 
@@ -176,7 +177,11 @@ def test_the_command_needs_neither_ray_nor_network():
     tests = str(Path(tiny.__file__).parent)
     done = subprocess.run([sys.executable, "-c", ALONE, tests], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    measured, fits = (json.loads(line) for line in done.stdout.splitlines() if line[:1] in "[{" and line)
+    measured, fits, again, decoders = (json.loads(line) for line in done.stdout.splitlines() if line[:1] in "[{" and line)
+    assert [entry["held"] for entry in again] == [entry["held"] for entry in fits]
+    (decoder,) = decoders
+    assert 0 < decoder["checkpointed"] <= decoder["plain"]
+    assert decoder["flops"] < decoder["with_more"] < 2 * decoder["flops"]
     assert [row["active"] for row in measured["rows"]] == [1, 4]
     assert measured["device"] == "CPU"
     assert len(fits) == 4
