@@ -38,7 +38,7 @@ SMALL = (
 )
 pytestmark = pytest.mark.slow
 WHAT = {"adapter": ("train.velocity_penalty=0.1",), "all": ("adapter=null", "train.velocity_penalty=0")}
-#: Of each family, what shards otherwise; on one worker tests/training/test_sharded.py has all.
+#: Each family, and each way to train it, on two workers; tests/training/test_sharded.py has all combinations on one.
 RUNS = [(tiny.sd3, "adapter"), (tiny.sd3, "all"), (tiny.flux1, "all"), (tiny.flux2, "adapter")]
 
 
