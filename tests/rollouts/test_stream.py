@@ -204,6 +204,7 @@ def test_as_many_samplers_as_a_step_has_micro_batches_have_one_each(cluster):
         async def admit(self, version):
             async with self.changed:
                 await self.changed.wait_for(lambda: len(self.sampled) >= 2 * version)
+            await asyncio.sleep(1)  # an update: by then Ray Data has seen that both samplers are done
 
         async def done(self, number, sampler):
             async with self.changed:
@@ -220,8 +221,9 @@ def test_as_many_samplers_as_a_step_has_micro_batches_have_one_each(cluster):
         """Says what it has sampled."""
 
         def work(self, block):
+            sampled = super().work(block)
             ray.get(self.store.done.remote(int(block["number"][0]), os.getpid()))
-            return super().work(block)
+            return sampled
 
     store = ray.remote(Steps).options(num_cpus=0).remote()
     with streaming():
