@@ -4,6 +4,8 @@
     python -m pipelines.benchmark update --model flux1 --random-weights --full --gradient-checkpointing --batch 2
     python -m pipelines.benchmark fits --caps 24 48 80
     python -m pipelines.benchmark rollout
+    python -m pipelines.benchmark rollout --model sd35 --batch 1 --compile
+    python -m pipelines.benchmark stages --model sd35 --random-weights train.micro_batch=4
     python -m pipelines.benchmark wire
     python -m pipelines.benchmark reward
     python -m pipelines.benchmark publish
@@ -13,11 +15,12 @@
 
 `update` measures one step at a time against the whole graph, on the GPU if there is one, and says what fits for its model;
 `fits` counts that for all models, without a GPU, and what `reward.decoder` saves; `rollout` compares sampling with the stock
-diffusers pipeline; `wire` counts what a sample has on its way to the trainer. The others start a local cluster: `reward` compares
-the reward service with a call in one process, and kills a replica of it under load; `publish` times weights on their way to
-samplers; `pipeline` compares the whole system with a loop in one process; `scale` has the real orchestration drive stages that
-only wait, up to 16 samplers; `images` asks the text-to-image service one by one and with many clients at once, while a replica is
-killed and an adapter replaced.
+diffusers pipeline, of a published model on the GPU if there is one; `stages` times a micro-batch through the sampler, rewards
+and learner of a published model, in one process; `wire` counts what a sample has on its way to the trainer. The others start a
+local cluster: `reward` compares the reward service with a call in one process, and kills a replica of it under load; `publish`
+times weights on their way to samplers; `pipeline` compares the whole system with a loop in one process; `scale` has the real
+orchestration drive stages that only wait, up to 16 samplers; `images` asks the text-to-image service one by one and with many
+clients at once, while a replica is killed and an adapter replaced.
 
 Each table in Markdown is followed by its figures as one line of JSON; --mlflow keeps both in an MLflow run too.
 """
@@ -46,10 +49,16 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     update = commands.add_parser("update", help="memory and time of an update against the active steps, and what fits")
-    update.add_argument("--model", required=True, help="sd35, flux1 or flux2")
-    update.add_argument(
-        "--random-weights", action="store_true", required=True, help="no checkpoint: what is measured does not depend on values"
-    )
+    stages = commands.add_parser("stages", help="what sampling, rewards and updates take of a step, at full size")
+    stages.add_argument("changes", nargs="*", metavar="section.setting=value", help="what to change in sparse_adapter.yaml")
+    for command in (update, stages):
+        command.add_argument("--model", required=True, help="sd35, flux1 or flux2")
+        command.add_argument(
+            "--random-weights",
+            action="store_true",
+            required=True,
+            help="no checkpoint: what is measured does not depend on values",
+        )
     update.add_argument("--full", action="store_true", help=f"train all weights (default: an adapter of rank {RANK})")
     update.add_argument("--gradient-checkpointing", action="store_true", help="keep what enters each block and no more")
     update.add_argument("--batch", type=int, default=1, help="samples of the micro-batch (default: %(default)s)")
@@ -62,7 +71,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     fits = commands.add_parser("fits", help="the largest micro-batch under caps of memory, counted: needs no GPU")
     fits.add_argument("--model", help="one of sd35, flux1, flux2 (default: all)")
     rollout = commands.add_parser("rollout", help="sampling beside the stock diffusers pipeline, for equal work")
+    rollout.add_argument("--model", help="sd35, flux1 or flux2, with random weights (default: the embedded default)")
     rollout.add_argument("--batch", type=int, default=4, help="pictures at once (default: %(default)s)")
+    rollout.add_argument("--size", type=int, help="of a published model's pictures, in pixels (default: 512)")
     rollout.add_argument("--repeats", type=int, default=10, help="runs of each, in turn (default: %(default)s)")
     for command in (update, rollout):
         command.add_argument("--compile", action="store_true", help="what cluster.compile gains too")
@@ -104,6 +115,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--factor {value:g}: it has to be more than 0")
         if name in {"batch", "repeats", "active", "clients", "replicas", "seconds", "samplers", "steps"} and min(numbers) < 1:
             parser.error(f"--{name} {min(numbers):g}: at least 1 is needed")
+    if args.command == "rollout" and args.size and not args.model:
+        parser.error(f"--size {args.size}: the embedded default makes pictures of 64 pixels; name a published model with --model")
     if args.command == "update" and max(args.active) > STEPS:
         parser.error(f"--active {max(args.active)}: the sampler has {STEPS} steps, and no more can be active")
     return args
@@ -118,10 +131,20 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
     if args.command == "rollout":
         from pipelines import rollout_cost
 
-        rows = rollout_cost.measure(args.batch, args.repeats, args.compile, told)
+        names = named(args)
+        subject = (
+            rollout_cost.published(args.model, args.batch, args.size or 512) if args.model else rollout_cost.embedded(args.batch)
+        )
+        rows = rollout_cost.measure(subject, args.repeats, args.compile, told)
         yield rollout_cost.table(rows), rows
-        shares = rollout_cost.modulation()
+        shares = rollout_cost.modulation(names)
         yield rollout_cost.shares_table(shares), shares
+    elif args.command == "stages":
+        from pipelines import stage_cost
+
+        (name,) = named(args)
+        found = stage_cost.measure(name, args.changes, told)
+        yield stage_cost.table(found), found
     elif args.command == "reward":
         from pipelines import reward_cost
 
@@ -151,14 +174,20 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
         yield from counted(args)
 
 
-def counted(args: argparse.Namespace) -> Iterator[Result]:
-    """Of the published models: what needs neither ray nor MLflow."""
+def named(args: argparse.Namespace) -> list[str]:
+    """The published model that is asked for, or all; ValueError for another one."""
     from flowbp_ray.backbones.published import PUBLISHED
-    from pipelines import fits, full_size, wire
 
     if args.model not in (None, *PUBLISHED):
         raise ValueError(f"--model {args.model}: the published configurations are {', '.join(PUBLISHED)}")
-    names = [args.model] if args.model else list(PUBLISHED)
+    return [args.model] if args.model else list(PUBLISHED)
+
+
+def counted(args: argparse.Namespace) -> Iterator[Result]:
+    """Of the published models: what needs neither ray nor MLflow."""
+    from pipelines import fits, full_size, wire
+
+    names = named(args)
     if args.command == "wire":
         rows = wire.counted(names)
         yield wire.table(rows), rows

@@ -68,12 +68,12 @@ def decoders(names: list[str]) -> tuple[str, list[dict[str, Any]]]:
     return f"{table(head, rows)}\n\n{said}", found
 
 
-def needs(name: str, *, full: bool, checkpointing: bool, pixels: int) -> Needs:
-    """What aligning a published model takes of one GPU in bfloat16, prompts encoded before, pictures ``pixels`` high and wide.
+def needs(name: str, *, full: bool, checkpointing: bool, height: int, width: int) -> Needs:
+    """What aligning a published model takes of one GPU in bfloat16, prompts encoded before.
 
     One sample is counted; several take at most as many times that, as some of it is not the samples'.
     """
-    made = build(name, "meta", torch.bfloat16, full=full, checkpointing=checkpointing, height=pixels, width=pixels)
+    made = build(name, "meta", torch.bfloat16, full=full, checkpointing=checkpointing, height=height, width=width)
     plan = made.plan("sparse", active_steps=1)
     kept, step = held(made.backbone)
     vae, clip, scoring, _ = rewards(name, tuple(made.latents.shape))
@@ -94,7 +94,7 @@ def fits(names: list[str], caps: list[float]) -> tuple[str, list[dict[str, Any]]
     """Count the largest micro-batch under each cap: a text, and its figures."""
     found = []
     for name, full, checkpointing, pixels in tqdm(list(product(names, (False, True), (False, True), SIZES)), desc="count"):
-        counted = needs(name, full=full, checkpointing=checkpointing, pixels=pixels)
+        counted = needs(name, full=full, checkpointing=checkpointing, height=pixels, width=pixels)
         largest = {f"{cap:g}": counted.micro_batch(int(cap * GB)) for cap in caps}
         what = {"model": name, "full": full, "checkpointing": checkpointing, "pixels": pixels}
         found.append({**what, **asdict(counted), "micro_batch": largest})

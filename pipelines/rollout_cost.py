@@ -1,78 +1,171 @@
 """What sampling costs beside the stock diffusers pipeline, for equal work and for what a method's plans need of it.
 
-The embedded default samples on the CPU; both give latents, so no decoder is measured. Runs are interleaved, and the ratio is the
-median of the pairs'. How much caching the modulation (it depends on time and pooled texts alone) could save is counted.
+The embedded default samples on the CPU, a published model with random weights and texts on the GPU if there is one; both give
+latents, so no decoder is measured. Runs are interleaved, and the ratio is the median of the pairs'. How much caching the
+modulation (it depends on time and pooled texts alone) could save is counted.
 """
 
+import copy
 import itertools
 import re
 import statistics
-import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowbp_ray import backbones
-from flowbp_ray.backbones.backbone import Backbone
+from flowbp_ray.backbones.backbone import Backbone, Conditioning
 from flowbp_ray.backbones.published import PUBLISHED as PUBLISHED_MODELS
 from flowbp_ray.config.paths import MODELS
 from flowbp_ray.rollouts.rollout import roll_out
 from flowbp_ray.surrogate.methods import METHODS
 from flowbp_ray.surrogate.plan import Plan
 from flowbp_ray.training.study import PUBLISHED
+from pipelines.full_size import timed
 
-STEPS, SCALE, SIZE = 25, 3.0, 64
+STEPS = 25
 PROMPTS = ("a red ring", "two blue squares", "a green star left of a red disc", "three yellow rings")
 #: Modules of the three transformers that make scales, shifts and gates.
 MODULATION = re.compile(r"(norm\w*|modulation\w*)\.linear$|\.(time_text_embed|time_guidance_embed)$")
 DRAWS = 200  # plans of a method, whose mean is counted
 
 
-def measure(batch: int, repeats: int, compiled: bool, told: Callable[[str], object]) -> list[dict[str, Any]]:
-    """Rows: the stock pipeline, the same work with guidance's branches batched and apart, ``compiled`` too if that is asked for,
-    then as far as each method needs it."""
-    torch.set_num_threads(1)
-    backbone = backbones.load(MODELS["shapes"])
-    prompts, seeds = list(itertools.islice(itertools.cycle(PROMPTS), batch)), list(range(batch))
-    apart = type(backbone)(backbone.pipeline)
-    apart.batched_branches = False
-    ways: dict[str, Callable[[], Tensor]] = {
-        "stock diffusers pipeline": lambda: stock(backbone.pipeline, prompts, seeds),
-        "here, branches in one batch": lambda: own(backbone, prompts, seeds),
-        "here, one branch after the other": lambda: own(apart, prompts, seeds),
-    }
-    if compiled:
-        other = backbones.load(MODELS["shapes"])
+@dataclass(frozen=True)
+class Subject:
+    """What is sampled, by what, and how."""
+
+    backbone: Backbone
+    prompts: list[str]
+    #: Of guidance.
+    scale: float
+    #: Height and width in pixels.
+    size: int
+
+    def own(self) -> Tensor:
+        """Finished latents, as a sampler makes them."""
+        seeds, size = list(range(len(self.prompts))), {"height": self.size, "width": self.size}
+        return self.backbone.sample_latents(self.prompts, seeds, steps=STEPS, guidance_scale=self.scale, **size)
+
+    @torch.no_grad()
+    def stock(self) -> Tensor:
+        """The pipeline's own call, up to latents; texts that are encoded before are given to it so."""
+        pipeline, backbone = self.backbone.pipeline, self.backbone
+        pipeline.set_progress_bar_config(disable=True)
+        texts: dict[str, Any] = {"prompt": self.prompts}
+        if backbone.embeds:
+            texts = dict(backbone.encode(self.prompts).tensors)
+            if not backbone.embedded_guidance:
+                negative = backbone.encode([""]).expand(len(self.prompts))
+                texts |= {f"negative_{name}": tensor for name, tensor in negative.tensors.items()}
+        else:
+            texts["max_sequence_length"] = pipeline.tokenizer_3.model_max_length
+        latents: Tensor = pipeline(
+            **texts,
+            generator=[torch.Generator().manual_seed(s) for s in range(len(self.prompts))],
+            sigmas=np.linspace(1, 1 / STEPS, STEPS).tolist(),
+            num_inference_steps=STEPS,
+            guidance_scale=self.scale,
+            height=self.size,
+            width=self.size,
+            output_type="latent",
+        ).images
+        return latents
+
+    @torch.no_grad()
+    def cached(self, plan: Plan) -> Tensor:
+        """A rollout as far as a plan needs it, and the velocities at its noised copies."""
+        backbone = self.backbone
+        conditioning, negative = backbone.encode(self.prompts), backbone.encode([""])
+        generators = [torch.Generator().manual_seed(s) for s in range(len(self.prompts))]
+        noise = backbone.initial_latents(generators, self.size, self.size)
+        sigmas = self.grid().to(backbone.device)
+
+        def velocity(at: Tensor, sigma: Tensor) -> Tensor:
+            return backbone.velocity(at, sigma, conditioning, negative, self.scale)
+
+        rollout = roll_out(noise, sigmas, velocity, plan)
+        for _ in range(plan.copies):
+            velocity(noise, sigmas[plan.steps - 1])
+        return next(iter(rollout.latents.values()))
+
+    def grid(self) -> Tensor:
+        """Sigmas, which plans are made of."""
+        return self.backbone.grid(STEPS, self.size, self.size)
+
+    def apart(self) -> "Subject":
+        """The same, guidance's branches one after the other."""
+        other = type(self.backbone)(self.backbone.pipeline)
+        other.embeds, other.batched_branches = self.backbone.embeds, False
+        return replace(self, backbone=other)
+
+    def compiled(self) -> "Subject":
+        """The same weights, and kernels by torch.compile."""
+        pipeline, transformer = copy.copy(self.backbone.pipeline), self.backbone.transformer
+        shared = {id(tensor): tensor for tensor in (*transformer.parameters(), *transformer.buffers())}
+        pipeline.transformer = copy.deepcopy(transformer, shared)
+        other = type(self.backbone)(pipeline)
+        other.embeds = self.backbone.embeds
         other.compile()
-        ways["here, compiled"] = lambda: own(other, prompts, seeds)
+        return replace(self, backbone=other)
+
+
+def embedded(batch: int) -> Subject:
+    """The embedded default, which encodes its texts."""
+    return Subject(backbones.load(MODELS["shapes"]), list(itertools.islice(itertools.cycle(PROMPTS), batch)), 3.0, 64)
+
+
+def published(name: str, batch: int, size: int) -> Subject:
+    """A published model with random weights and texts, in bfloat16 on the GPU if there is one; ValueError for a size that it does
+    not make."""
+    entry = PUBLISHED_MODELS[name]
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    backbone = entry.backbone(device, dtype)
+    backbone.initial_latents([torch.Generator()], size, size)
+    # FLUX.2's pipeline hands out latents by its decoder's statistics.
+    backbone.pipeline.vae = entry.family.vae_class(**entry.vae).to(device, dtype).eval()
+    texts = {k: torch.randn(batch, *shape).to(device, dtype) for k, shape in entry.text.items()}
+    backbone.embeds = lambda prompts: Conditioning(texts)[: len(prompts)]
+    return Subject(backbone, [""] * batch, entry.guidance_scale, size)
+
+
+def measure(subject: Subject, repeats: int, compiled: bool, told: Callable[[str], object]) -> list[dict[str, Any]]:
+    """Rows: the stock pipeline, the same work with guidance's branches batched and apart (if there are two), ``compiled`` too if
+    that is asked for, then as far as each method needs it."""
+    torch.set_num_threads(1)
+    ways: dict[str, Callable[[], Tensor]] = {"stock diffusers pipeline": subject.stock}
+    if subject.backbone.embedded_guidance:
+        ways["here"] = subject.own
+    else:
+        ways |= {"here, branches in one batch": subject.own, "here, one branch after the other": subject.apart().own}
+    if compiled:
+        ways["here, compiled"] = subject.compiled().own
     drawn = {}
     for name, settings in PUBLISHED.items():
-        drawn[name] = plans_of(name, settings, backbone.grid(STEPS, SIZE, SIZE))
-        plan = middle(drawn[name])
-        ways[f"as far as {name}'s plans need"] = partial(cached, backbone, prompts, seeds, plan)
-    told(f"{batch} pictures of {STEPS} steps, {len(ways)} ways, {repeats} times in turn")
+        drawn[name] = plans_of(name, settings, subject.grid())
+        ways[f"as far as {name}'s plans need"] = partial(subject.cached, middle(drawn[name]))
+    told(f"{len(subject.prompts)} pictures of {STEPS} steps, {len(ways)} ways, {repeats} times in turn")
     latents = {name: run() for name, run in ways.items()}  # and all is warm
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, run in ways.items():
-            began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(timed(run))
     first = next(iter(ways))
     needed = {f"as far as {name}'s plans need": statistics.mean(map(evaluations, plans)) for name, plans in drawn.items()}
+    # Some pipelines hand out latents that are packed otherwise.
+    equal = [name for name in ways if name not in needed and latents[name].shape == latents[first].shape]
     return [
         {
             "way": name,
             "velocities": needed.get(name, float(STEPS)),
             "seconds": statistics.median(seconds[name]),
             "ratio": statistics.median(a / b for a, b in zip(seconds[name], seconds[first], strict=True)),
-            "difference": None if name in needed else float((latents[name] - latents[first]).abs().max()),
+            "difference": float((latents[name] - latents[first]).abs().max()) if name in equal else None,
         }
         for name in ways
     ]
@@ -91,56 +184,17 @@ def middle(plans: list[Plan]) -> Plan:
     return min(plans, key=lambda plan: abs(evaluations(plan) - needed))
 
 
-@torch.no_grad()
-def cached(backbone: Backbone, prompts: list[str], seeds: list[int], plan: Plan) -> Tensor:
-    """A rollout as far as a plan needs it, and the velocities at its noised copies."""
-    conditioning, negative = backbone.encode(prompts), backbone.encode([""])
-    noise = backbone.initial_latents([torch.Generator().manual_seed(s) for s in seeds], SIZE, SIZE)
-    sigmas = backbone.grid(STEPS, SIZE, SIZE)
-
-    def velocity(at: Tensor, sigma: Tensor) -> Tensor:
-        return backbone.velocity(at, sigma, conditioning, negative, SCALE)
-
-    rollout = roll_out(noise, sigmas, velocity, plan)
-    for _ in range(plan.copies):
-        velocity(noise, sigmas[plan.steps - 1])
-    return next(iter(rollout.latents.values()))
-
-
 def evaluations(plan: Plan) -> int:
     """Steps that a rollout evaluates for a plan, its noised copies among them."""
     return plan.last_index + (plan.last_index in plan.velocities_needed) + plan.copies
 
 
-@torch.no_grad()
-def stock(pipeline: StableDiffusion3Pipeline, prompts: list[str], seeds: list[int]) -> Tensor:
-    """The pipeline's own call, up to latents."""
-    pipeline.set_progress_bar_config(disable=True)
-    latents: Tensor = pipeline(
-        prompts,
-        generator=[torch.Generator().manual_seed(s) for s in seeds],
-        sigmas=np.linspace(1, 1 / STEPS, STEPS).tolist(),
-        num_inference_steps=STEPS,
-        guidance_scale=SCALE,
-        height=SIZE,
-        width=SIZE,
-        max_sequence_length=pipeline.tokenizer_3.model_max_length,
-        output_type="latent",
-    ).images
-    return latents
-
-
-def own(backbone: Backbone, prompts: list[str], seeds: list[int]) -> Tensor:
-    """The same here."""
-    return backbone.sample_latents(prompts, seeds, steps=STEPS, guidance_scale=SCALE, height=SIZE, width=SIZE)
-
-
-def modulation() -> dict[str, float]:
-    """Of the published models at 512x512, the part of a velocity's FLOPs that makes the modulation; counted, without memory."""
+def modulation(names: list[str]) -> dict[str, float]:
+    """Of these published models at 512x512, the part of a velocity's FLOPs that makes the modulation; counted, without memory."""
     from pipelines.full_size import build
 
     shares = {}
-    for name in PUBLISHED_MODELS:
+    for name in names:
         update = build(name, "meta", torch.float32)
         with torch.no_grad(), FlopCounterMode(display=False) as flops:
             update.backbone.branch(update.latents, update.sigmas[0], update.text, update.scale)

@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from diffusers import FluxPipeline
 from mlflow import MlflowClient
 from torch import nn
+from transformers import CLIPConfig
 
 from flowbp_ray.backbones import published
 from flowbp_ray.training.memory import Needs, held, peak
-from pipelines import benchmark, full_size
+from pipelines import benchmark, fits, full_size, rollout_cost, stage_cost
 from pipelines.update_cost import Update
 
 SMALL = {"height": 64, "width": 64}
@@ -111,6 +113,11 @@ def test_running_out_of_memory_is_a_row(monkeypatch):
         ("fits --caps 24 -1", "--caps -1: a GPU has more than 0 GB"),
         ("wire --model sd36", "--model sd36: the published configurations are sd35, flux1, flux2"),
         ("rollout --repeats 0", "--repeats 0: at least 1 is needed"),
+        ("rollout --model sd36", "--model sd36: the published configurations are sd35, flux1, flux2"),
+        ("rollout --size 512", "--size 512: the embedded default makes pictures of 64 pixels"),
+        ("rollout --model flux2 --size 60", "pictures of 60×60 pixels: this model makes sizes"),
+        ("stages --model sd36 --random-weights", "--model sd36: the published configurations are sd35, flux1, flux2"),
+        ("stages --model sd35 --random-weights train.stepz=1", "train.stepz"),
         ("scale --factor 0", "--factor 0: it has to be more than 0"),
         ("scale --samplers 4 0", "--samplers 0: at least 1 is needed"),
         ("pipeline train.stepz=1 --steps 1", "train.stepz"),
@@ -136,6 +143,41 @@ def test_sampling_here_is_the_stock_pipelines(capsys):
     assert steps["sparse"] == 25  # the finished latent
     assert steps["refl"] < 25
     assert shares.keys() == {"sd35", "flux1", "flux2"}
+
+
+@pytest.mark.parametrize("name", ["sd35", "flux1", "flux2"])
+def test_sampling_of_a_published_model_is_the_stock_pipelines(name):
+    subject = rollout_cost.published(name, 2, 64)
+    stock, here = subject.stock(), subject.own()
+    if name == "flux1":  # packed
+        stock = FluxPipeline._unpack_latents(stock, 64, 64, subject.backbone.pipeline.vae_scale_factor)
+    if name == "flux2":  # patches apart, by the decoder's statistics
+        stock = nn.functional.pixel_unshuffle(stock / math.sqrt(1 + subject.backbone.pipeline.vae.config.batch_norm_eps), 2)
+    assert here.std() > 0.1
+    torch.testing.assert_close(here, stock, rtol=0, atol=1e-4)
+    torch.testing.assert_close(subject.apart().own(), here, rtol=0, atol=1e-4)
+    compiled = subject.compiled()
+    blocks = compiled.backbone.blocks(compiled.backbone.transformer)
+    assert all(block._compiled_call_impl for block in blocks)
+    assert not any(block._compiled_call_impl for block in subject.backbone.blocks(subject.backbone.transformer))
+    torch.testing.assert_close(compiled.own(), here, rtol=0, atol=1e-4)
+
+
+def test_stages_of_a_published_model(monkeypatch, capsys):
+    """By the same sampler, rewards and learner as a run's, from the disk."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    clip = CLIPConfig(text_config=small, vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=16)
+    for module in (fits, stage_cost):
+        monkeypatch.setattr(module, "VIT_H", clip)
+    sizes = "sampling.height=32 sampling.width=48 sampling.steps=8 train.micro_batch=2 surrogate.active_steps=3"
+    benchmark.main(f"stages --model flux2 --random-weights {sizes}".split())
+    said = capsys.readouterr().out
+    found = json.loads(said.splitlines()[-2])
+    assert [row["stage"] for row in found["rows"]] == ["sampling", "reward", "update"]
+    assert all(row["seconds"] > 0 and row["flops"] > 0 for row in found["rows"])
+    assert (found["active"], found["velocities"], found["height"], found["width"]) == (3, 8, 32, 48)
+    assert found["peak"] is None
+    assert "micro-batch of 2 of 32×48 pixels" in said
 
 
 def test_what_is_on_the_wire_and_an_mlflow_run_of_it(tmp_path, capsys):
