@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from flowbp_ray.backbones.backbone import Backbone
 from flowbp_ray.config import AlignConfig
@@ -88,13 +89,31 @@ def add_adapter(backbone: Backbone, *, rank: int, alpha: float, targets: Sequenc
     return names
 
 
+class Factor(nn.Linear):
+    """One of an adapter's two matrices: kept in float32, computed in the dtype of what it is given.
+
+    PEFT casts what it is given instead: each activation is copied, kept for the backward in float32, once for every module that
+    reads it, and multiplied without tensor cores.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - its name in torch
+        """``(…, in)`` to ``(…, out)``."""
+        return F.linear(input, self.weight.to(input.dtype))
+
+
 def _only_it_trains(transformer: nn.Module) -> None:
     """Nothing but the adapter, and that in float32 whatever the base's dtype, which it was made in: bfloat16 would round AdamW's
-    steps away."""
+    steps away. It computes as the base does."""
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for _, layer in _layers(transformer):
+        layer.cast_input_dtype_enabled = False
+        for factors in (layer.lora_A, layer.lora_B):
+            for name, linear in factors.items():
+                factors[name] = factor = Factor(linear.in_features, linear.out_features, bias=False, device="meta")
+                factor.weight = linear.weight
 
 
 def guidance_of(guidance_scale: float, surrogate: Surrogate, backbone: Backbone) -> Guidance:

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from flowbp_ray.backbones.sd3 import SD3Backbone
 from flowbp_ray.config import load
 from flowbp_ray.config.models import check_start
 from flowbp_ray.training import EXPORT_FILE, adapter
+from flowbp_ray.training.memory import peak
 
 SPARSE = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
 TARGETS = ["attn.to_q", "attn.to_v", "ff.net.2"]
@@ -45,6 +47,26 @@ def test_a_fresh_adapter_is_the_base_and_only_it_trains(backbone):
     trainable = [n for n, p in backbone.transformer.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * len(names)
     assert all("lora_" in n for n in trainable)
+
+
+def test_in_bfloat16_it_is_float32_and_computes_as_the_model_does(tiny_pipeline):
+    """Beside PEFT's own way, which casts the model's activations to float32."""
+    gradients, most = [], []
+    for cast in (False, True):
+        backbone = SD3Backbone.from_pretrained(tiny_pipeline, torch.bfloat16)
+        adapter.add_adapter(backbone, **LORA, seed=0)
+        moved(backbone)
+        for module in backbone.transformer.modules():
+            if isinstance(module, LoraLayer):
+                module.cast_input_dtype_enabled = cast
+        text = backbone.encode(PROMPTS)
+        noise = backbone.initial_latents([torch.Generator().manual_seed(s) for s in SEEDS], 64, 64)
+        most.append(peak(lambda b=backbone, n=noise, t=text: b.branch(n, torch.tensor(0.5), t, 1.0).square().mean().backward()))
+        trained = adapter.parameters(backbone.transformer)
+        assert {p.dtype for p in trained} == {p.grad.dtype for p in trained} == {torch.float32}
+        gradients.append(torch.cat([p.grad.flatten() for p in trained]))
+    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[1].norm()
+    assert most[0] < 0.9 * most[1]
 
 
 def test_the_same_seed_is_the_same_adapter(tiny_pipeline):
