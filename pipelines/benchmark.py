@@ -4,8 +4,8 @@
     python -m pipelines.benchmark update --model flux1 --random-weights --full --gradient-checkpointing --batch 2
     python -m pipelines.benchmark fits --caps 24 48 80
     python -m pipelines.benchmark rollout
-    python -m pipelines.benchmark rollout --model sd35 --batch 1 --compile
-    python -m pipelines.benchmark stages --model sd35 --random-weights train.micro_batch=4
+    python -m pipelines.benchmark rollout --model sd35 --random-weights --compile
+    python -m pipelines.benchmark stages --model sd35 --random-weights --batch 4
     python -m pipelines.benchmark wire
     python -m pipelines.benchmark reward
     python -m pipelines.benchmark publish
@@ -37,6 +37,8 @@ from pipelines import refuse
 
 STEPS = 25  # of the published samplers
 RANK = 16
+#: Options that are numbers of something.
+COUNTS = {"batch", "repeats", "active", "clients", "replicas", "seconds", "samplers", "steps", "height", "width"}
 SERIES = ("balanced", "samplers", "stragglers", "publish")
 #: A text, and its figures.
 Result = tuple[str, Any]
@@ -49,34 +51,33 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     update = commands.add_parser("update", help="memory and time of an update against the active steps, and what fits")
-    stages = commands.add_parser("stages", help="what sampling, rewards and updates take of a step, at full size")
-    stages.add_argument("changes", nargs="*", metavar="section.setting=value", help="what to change in sparse_adapter.yaml")
-    for command in (update, stages):
-        command.add_argument("--model", required=True, help="sd35, flux1 or flux2")
-        command.add_argument(
-            "--random-weights",
-            action="store_true",
-            required=True,
-            help="no checkpoint: what is measured does not depend on values",
-        )
+    stages = commands.add_parser(
+        "stages", help="what sampling, rewards and an update take of a micro-batch, at full size; writes the model to $TMPDIR"
+    )
     update.add_argument("--full", action="store_true", help=f"train all weights (default: an adapter of rank {RANK})")
     update.add_argument("--gradient-checkpointing", action="store_true", help="keep what enters each block and no more")
-    update.add_argument("--batch", type=int, default=1, help="samples of the micro-batch (default: %(default)s)")
     update.add_argument(
         "--active", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K", help="active steps (default: 1 2 4 8)"
     )
-    update.add_argument("--height", type=int, default=512, help="of the pictures, in pixels (default: %(default)s)")
-    update.add_argument("--width", type=int, default=512, help="of the pictures, in pixels (default: %(default)s)")
     update.add_argument("--repeats", type=int, default=3, help="timed runs, whose median is taken (default: %(default)s)")
+    rollout = commands.add_parser("rollout", help="sampling beside the stock diffusers pipeline, for equal work")
+    rollout.add_argument("--repeats", type=int, default=10, help="runs of each, in turn (default: %(default)s)")
+    for command, batch in ((update, 1), (stages, 2), (rollout, 4)):
+        embedded = " (default: the embedded default, of 64×64 pixels)" if command is rollout else ""
+        command.add_argument("--model", required=command is not rollout, help=f"sd35, flux1 or flux2{embedded}")
+        command.add_argument(
+            "--random-weights",
+            action="store_true",
+            required=command is not rollout,
+            help="no checkpoint: what is measured does not depend on values",
+        )
+        command.add_argument("--batch", type=int, default=batch, help="samples of a micro-batch (default: %(default)s)")
+        command.add_argument("--height", type=int, help="of a published model's pictures, in pixels (default: 512)")
+        command.add_argument("--width", type=int, help="of a published model's pictures, in pixels (default: 512)")
+        compiled = "with cluster.compile" if command is stages else "what cluster.compile gains too"
+        command.add_argument("--compile", action="store_true", help=compiled)
     fits = commands.add_parser("fits", help="the largest micro-batch under caps of memory, counted: needs no GPU")
     fits.add_argument("--model", help="one of sd35, flux1, flux2 (default: all)")
-    rollout = commands.add_parser("rollout", help="sampling beside the stock diffusers pipeline, for equal work")
-    rollout.add_argument("--model", help="sd35, flux1 or flux2, with random weights (default: the embedded default)")
-    rollout.add_argument("--batch", type=int, default=4, help="pictures at once (default: %(default)s)")
-    rollout.add_argument("--size", type=int, help="of a published model's pictures, in pixels (default: 512)")
-    rollout.add_argument("--repeats", type=int, default=10, help="runs of each, in turn (default: %(default)s)")
-    for command in (update, rollout):
-        command.add_argument("--compile", action="store_true", help="what cluster.compile gains too")
     wire = commands.add_parser("wire", help="what a sample has on its way to the trainer, counted")
     wire.add_argument("--model", help="one of sd35, flux1, flux2 (default: all)")
     reward = commands.add_parser("reward", help="milliseconds and bytes of the reward service over a call in one process")
@@ -113,10 +114,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--caps {min(numbers):g}: a GPU has more than 0 GB")
         if name == "factor" and value <= 0:
             parser.error(f"--factor {value:g}: it has to be more than 0")
-        if name in {"batch", "repeats", "active", "clients", "replicas", "seconds", "samplers", "steps"} and min(numbers) < 1:
+        if name in COUNTS and None not in numbers and min(numbers) < 1:
             parser.error(f"--{name} {min(numbers):g}: at least 1 is needed")
-    if args.command == "rollout" and args.size and not args.model:
-        parser.error(f"--size {args.size}: the embedded default makes pictures of 64 pixels; name a published model with --model")
+    if args.command == "rollout" and bool(args.model) != bool(args.random_weights or args.height or args.width):
+        parser.error("--model NAME --random-weights is a published model; without, the embedded default makes 64×64 pixels")
+    if args.command in {"update", "stages", "rollout"}:
+        args.height, args.width = args.height or 512, args.width or 512
     if args.command == "update" and max(args.active) > STEPS:
         parser.error(f"--active {max(args.active)}: the sampler has {STEPS} steps, and no more can be active")
     return args
@@ -132,18 +135,19 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
         from pipelines import rollout_cost
 
         names = named(args)
-        subject = (
-            rollout_cost.published(args.model, args.batch, args.size or 512) if args.model else rollout_cost.embedded(args.batch)
-        )
-        rows = rollout_cost.measure(subject, args.repeats, args.compile, told)
-        yield rollout_cost.table(rows), rows
+        if args.model:
+            subject = rollout_cost.published(args.model, args.batch, args.height, args.width)
+        else:
+            subject = rollout_cost.embedded(args.batch)
+        found = rollout_cost.measure(subject, args.repeats, args.compile, told)
+        yield rollout_cost.table(found), found
         shares = rollout_cost.modulation(names)
         yield rollout_cost.shares_table(shares), shares
     elif args.command == "stages":
         from pipelines import stage_cost
 
         (name,) = named(args)
-        found = stage_cost.measure(name, args.changes, told)
+        found = stage_cost.measure(name, args.batch, args.height, args.width, args.compile, told)
         yield stage_cost.table(found), found
     elif args.command == "reward":
         from pipelines import reward_cost

@@ -85,7 +85,7 @@ def build(
     )
 
 
-def timed(run: Callable[[], None]) -> float:
+def timed(run: Callable[[], object]) -> float:
     """Its seconds."""
     start = time.perf_counter()
     run()

@@ -27,7 +27,7 @@ from flowbp_ray.rollouts.rollout import roll_out
 from flowbp_ray.surrogate.methods import METHODS
 from flowbp_ray.surrogate.plan import Plan
 from flowbp_ray.training.study import PUBLISHED
-from pipelines.full_size import timed
+from pipelines.full_size import build, timed
 
 STEPS = 25
 PROMPTS = ("a red ring", "two blue squares", "a green star left of a red disc", "three yellow rings")
@@ -44,13 +44,20 @@ class Subject:
     prompts: list[str]
     #: Of guidance.
     scale: float
-    #: Height and width in pixels.
-    size: int
+    #: Of the pictures, in pixels.
+    height: int
+    width: int
 
     def own(self) -> Tensor:
         """Finished latents, as a sampler makes them."""
-        seeds, size = list(range(len(self.prompts))), {"height": self.size, "width": self.size}
-        return self.backbone.sample_latents(self.prompts, seeds, steps=STEPS, guidance_scale=self.scale, **size)
+        return self.backbone.sample_latents(
+            self.prompts,
+            list(range(len(self.prompts))),
+            steps=STEPS,
+            guidance_scale=self.scale,
+            height=self.height,
+            width=self.width,
+        )
 
     @torch.no_grad()
     def stock(self) -> Tensor:
@@ -71,8 +78,8 @@ class Subject:
             sigmas=np.linspace(1, 1 / STEPS, STEPS).tolist(),
             num_inference_steps=STEPS,
             guidance_scale=self.scale,
-            height=self.size,
-            width=self.size,
+            height=self.height,
+            width=self.width,
             output_type="latent",
         ).images
         return latents
@@ -83,7 +90,7 @@ class Subject:
         backbone = self.backbone
         conditioning, negative = backbone.encode(self.prompts), backbone.encode([""])
         generators = [torch.Generator().manual_seed(s) for s in range(len(self.prompts))]
-        noise = backbone.initial_latents(generators, self.size, self.size)
+        noise = backbone.initial_latents(generators, self.height, self.width)
         sigmas = self.grid().to(backbone.device)
 
         def velocity(at: Tensor, sigma: Tensor) -> Tensor:
@@ -96,7 +103,7 @@ class Subject:
 
     def grid(self) -> Tensor:
         """Sigmas, which plans are made of."""
-        return self.backbone.grid(STEPS, self.size, self.size)
+        return self.backbone.grid(STEPS, self.height, self.width)
 
     def apart(self) -> "Subject":
         """The same, guidance's branches one after the other."""
@@ -117,26 +124,28 @@ class Subject:
 
 def embedded(batch: int) -> Subject:
     """The embedded default, which encodes its texts."""
-    return Subject(backbones.load(MODELS["shapes"]), list(itertools.islice(itertools.cycle(PROMPTS), batch)), 3.0, 64)
+    return Subject(backbones.load(MODELS["shapes"]), list(itertools.islice(itertools.cycle(PROMPTS), batch)), 3.0, 64, 64)
 
 
-def published(name: str, batch: int, size: int) -> Subject:
-    """A published model with random weights and texts, in bfloat16 on the GPU if there is one; ValueError for a size that it does
-    not make."""
+def published(name: str, batch: int, height: int, width: int) -> Subject:
+    """A published model with random weights and texts and no adapter, in bfloat16 on the GPU if there is one.
+
+    ValueError for a size that it does not make.
+    """
+    build(name, "meta", torch.bfloat16, height=height, width=width)
     entry = PUBLISHED_MODELS[name]
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     backbone = entry.backbone(device, dtype)
-    backbone.initial_latents([torch.Generator()], size, size)
     # FLUX.2's pipeline hands out latents by its decoder's statistics.
     backbone.pipeline.vae = entry.family.vae_class(**entry.vae).to(device, dtype).eval()
-    texts = {k: torch.randn(batch, *shape).to(device, dtype) for k, shape in entry.text.items()}
-    backbone.embeds = lambda prompts: Conditioning(texts)[: len(prompts)]
-    return Subject(backbone, [""] * batch, entry.guidance_scale, size)
+    texts = Conditioning({k: torch.randn(batch + 1, *shape).to(device, dtype) for k, shape in entry.text.items()})
+    backbone.embeds = lambda prompts: texts[:1] if prompts == [""] else texts[1:]
+    return Subject(backbone, [f"picture {number}" for number in range(batch)], entry.guidance_scale, height, width)
 
 
-def measure(subject: Subject, repeats: int, compiled: bool, told: Callable[[str], object]) -> list[dict[str, Any]]:
-    """Rows: the stock pipeline, the same work with guidance's branches batched and apart (if there are two), ``compiled`` too if
-    that is asked for, then as far as each method needs it."""
+def measure(subject: Subject, repeats: int, compiled: bool, told: Callable[[str], object]) -> dict[str, Any]:
+    """What was sampled on what, and rows: the stock pipeline, the same work with guidance's branches batched and apart (if there
+    are two), ``compiled`` too if that is asked for, then as far as each method needs it."""
     torch.set_num_threads(1)
     ways: dict[str, Callable[[], Tensor]] = {"stock diffusers pipeline": subject.stock}
     if subject.backbone.embedded_guidance:
@@ -150,7 +159,7 @@ def measure(subject: Subject, repeats: int, compiled: bool, told: Callable[[str]
         drawn[name] = plans_of(name, settings, subject.grid())
         ways[f"as far as {name}'s plans need"] = partial(subject.cached, middle(drawn[name]))
     told(f"{len(subject.prompts)} pictures of {STEPS} steps, {len(ways)} ways, {repeats} times in turn")
-    latents = {name: run() for name, run in ways.items()}  # and all is warm
+    latents = {name: run().cpu() for name, run in ways.items()}  # and all is warm
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, run in ways.items():
@@ -159,7 +168,7 @@ def measure(subject: Subject, repeats: int, compiled: bool, told: Callable[[str]
     needed = {f"as far as {name}'s plans need": statistics.mean(map(evaluations, plans)) for name, plans in drawn.items()}
     # Some pipelines hand out latents that are packed otherwise.
     equal = [name for name in ways if name not in needed and latents[name].shape == latents[first].shape]
-    return [
+    rows = [
         {
             "way": name,
             "velocities": needed.get(name, float(STEPS)),
@@ -169,6 +178,17 @@ def measure(subject: Subject, repeats: int, compiled: bool, told: Callable[[str]
         }
         for name in ways
     ]
+    backbone = subject.backbone
+    return {
+        "transformer": type(backbone.transformer).__name__,
+        "device": torch.cuda.get_device_name() if backbone.device.type == "cuda" else "CPU",
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "batch": len(subject.prompts),
+        "height": subject.height,
+        "width": subject.width,
+        "repeats": repeats,
+        "rows": rows,
+    }
 
 
 def plans_of(name: str, settings: dict[str, Any], sigmas: Tensor) -> list[Plan]:
@@ -191,8 +211,6 @@ def evaluations(plan: Plan) -> int:
 
 def modulation(names: list[str]) -> dict[str, float]:
     """Of these published models at 512x512, the part of a velocity's FLOPs that makes the modulation; counted, without memory."""
-    from pipelines.full_size import build
-
     shares = {}
     for name in names:
         update = build(name, "meta", torch.float32)
@@ -209,10 +227,14 @@ def shares_table(shares: dict[str, float]) -> str:
     return "\n".join([*lines, *(f"| {name} | {100 * share:.3f} % |" for name, share in shares.items())])
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """All rows as Markdown."""
+def table(found: dict[str, Any]) -> str:
+    """All rows as Markdown, and what they are of."""
     lines = ["| | velocities | seconds | of the stock pipeline's | largest difference of latents |", "| --- |" + " ---: |" * 4]
-    for row in rows:
+    for row in found["rows"]:
         difference = "" if row["difference"] is None else f"{row['difference']:.1e}"
         lines.append(f"| {row['way']} | {row['velocities']:.1f} | {row['seconds']:.3f} | {row['ratio']:.3f} | {difference} |")
-    return "\n".join(lines)
+    said = (
+        f"{found['batch']} pictures of {found['height']}×{found['width']} pixels by {found['transformer']} in {found['dtype']}, "
+        f"without an adapter; {found['device']}. Medians of {found['repeats']} runs in turn."
+    )
+    return "\n".join([*lines, "", said])

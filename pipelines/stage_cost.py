@@ -33,54 +33,53 @@ PROMPTS = tuple(f"a picture of {number} things" for number in range(8))
 ON_CPU = ("cluster.sampler_gpus=0", "cluster.trainer_gpus=0", "cluster.reward_gpus=0")
 
 
-def measure(name: str, changes: list[str], told: Callable[[str], object]) -> dict[str, Any]:
-    """Seconds and FLOPs of a micro-batch by stage, and the peak of memory beside what is counted. ConfigError for bad changes."""
+def measure(name: str, batch: int, height: int, width: int, compiled: bool, told: Callable[[str], object]) -> dict[str, Any]:
+    """Seconds and FLOPs of a micro-batch by stage, and the peak of memory beside what is counted. ValueError for a size that the
+    model does not make."""
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
+    made = build(name, "meta", dtype, batch=batch, checkpointing=True, height=height, width=width)
     with TemporaryDirectory(prefix="stages_") as place:
         folder = Path(place)
-        config = configured(name, folder, dtype, changes)
+        config = configured(name, folder, dtype, batch, height, width, compiled)
+        plan = plan_of(config, made.sigmas, 0)  # the one of the micro-batch that is measured
         told(f"{name} with random weights, to {folder}")
         write(name, folder, config)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         seconds = profile(config, told)
-    peak = torch.cuda.max_memory_allocated() if cuda else None
-    size, number = config.sampling, config.train.micro_batch
-    of_size: dict[str, Any] = {"height": size.height, "width": size.width}
-    counted = needs(name, full=False, checkpointing=config.train.gradient_checkpointing, **of_size)
-    made = build(name, "meta", dtype, batch=number, checkpointing=config.train.gradient_checkpointing, **of_size)
-    # The step whose micro-batch was measured.
-    plan = plan_of(config, made.backbone.grid(size.steps, size.height, size.width), 0)
+    one = build(name, "meta", dtype, height=height, width=width).latents.shape
+    scoring, counted = rewards(name, tuple(one))[2], needs(name, full=False, checkpointing=True, height=height, width=width)
 
     @torch.no_grad()
     def velocity() -> None:
         made.backbone.velocity(made.latents, made.sigmas[0], made.text, made.negative, made.scale)
 
-    checkpointed = config.reward.decoder == "checkpointed"
     work = {
         "sampling": evaluations(plan) * flops(velocity),
-        "reward": len(plan.reward_inputs) * rewards(name, tuple(made.latents.shape), checkpointed=checkpointed)[3],
+        "reward": len(plan.reward_inputs) * rewards(name, tuple(made.latents.shape))[3],
         "update": flops(lambda: made.walk(plan)),
     }
     return {
         "model": name,
         "device": torch.cuda.get_device_name() if cuda else "CPU",
         "dtype": config.model.dtype,
-        **of_size,
-        "micro_batch": number,
+        "height": height,
+        "width": width,
+        "micro_batch": batch,
+        "compiled": compiled,
         "active": len(plan.active),
         "velocities": evaluations(plan),
-        "peak": peak,
-        # One stage after the other, in one process: the largest is the peak.
-        "counted": counted.held - CONTEXTS + max(counted.step, number * max(counted.update, counted.others)),
+        "peak": torch.cuda.max_memory_allocated() if cuda else None,
+        # All models in one process, and one stage after the other.
+        "counted": counted.held - CONTEXTS + max(counted.step, batch * max(counted.update, counted.others - scoring, scoring)),
         "rows": [{"stage": k, "seconds": seconds[k], "flops": v} for k, v in work.items()],
         **{k: v for k, v in seconds.items() if k not in work},
     }
 
 
-def configured(name: str, folder: Path, dtype: torch.dtype, changes: list[str]) -> AlignConfig:
-    """The recipe for an adapter on one GPU of 80 GB, with all that is to be in ``folder``, which is made. Errors as `load`."""
+def configured(name: str, folder: Path, dtype: torch.dtype, batch: int, height: int, width: int, compiled: bool) -> AlignConfig:
+    """The recipe for an adapter on one GPU of 80 GB, with all that is to be in ``folder``, which is made."""
     (folder / "embeds").mkdir()
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     for empty in ("model/model_index.json", "reward/config.json"):  # a configuration is refused without
@@ -95,10 +94,15 @@ def configured(name: str, folder: Path, dtype: torch.dtype, changes: list[str]) 
         f"prompts.embeds={folder / 'embeds'}",
         f"evaluation.prompts={folder / 'prompts.txt'}",
         f"adapter.rank={RANK}",
+        f"train.micro_batch={batch}",
+        f"train.batch={2 * batch}",
+        f"sampling.height={height}",
+        f"sampling.width={width}",
+        f"cluster.compile={compiled}",
     ]
     if dtype == torch.float32:  # no GPU
         given += ON_CPU
-    return load(CONFIGS / name / "sparse_adapter.yaml", [*given, *changes], [CONFIGS / "placement" / "gpu80.yaml"])
+    return load(CONFIGS / name / "sparse_adapter.yaml", given, [CONFIGS / "placement" / "gpu80.yaml"])
 
 
 def write(name: str, folder: Path, config: AlignConfig) -> None:
@@ -131,13 +135,14 @@ def flops(run: Callable[[], None]) -> int:
 def table(found: dict[str, Any]) -> str:
     """As Markdown, and what it is of."""
     number = found["micro_batch"]
+    how = ", by torch.compile" if found["compiled"] else ""
     rows = []
     for row in found["rows"]:
         rate = row["flops"] / row["seconds"] / 1e12
         rows.append([row["stage"], f"{row['seconds']:.3f}", f"{row['seconds'] / number:.3f}", f"{rate:.1f}"])
     peak = "not measured on a CPU" if found["peak"] is None else f"{found['peak'] / GB:.1f} GB"
     said = (
-        f"{found['model']}, an adapter of rank {RANK}, {found['dtype']}; a micro-batch of {number} of "
+        f"{found['model']}, an adapter of rank {RANK}, {found['dtype']}{how}; a micro-batch of {number} of "
         f"{found['height']}×{found['width']} pixels, {found['velocities']} velocities to sample, {found['active']} active; "
         f"{found['device']}. Peak of memory, one stage after the other: {peak}, counted {found['counted'] / GB:.1f} GB. An "
         f"optimizer's step takes {found['stepping']:.3f} s, weights are read in {found['publishing']:.3f} s and loaded in "

@@ -108,11 +108,21 @@ def _only_it_trains(transformer: nn.Module) -> None:
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    for _, layer in _layers(transformer):
+    _compute_as_given(transformer)
+
+
+def _compute_as_given(transformer: nn.Module) -> None:
+    """Have the adapter's matrices compute as `Factor` does; ValueError for one that is no plain LoRA of linear modules."""
+    for name, layer in _layers(transformer):
         layer.cast_input_dtype_enabled = False
         for factors in (layer.lora_A, layer.lora_B):
-            for name, linear in factors.items():
-                factors[name] = factor = Factor(linear.in_features, linear.out_features, bias=False, device="meta")
+            for adapter, linear in factors.items():
+                if type(linear) is not nn.Linear or linear.bias is not None or adapter in layer.lora_variant:
+                    raise ValueError(
+                        f"the adapter of {name} is no plain LoRA (a convolution, a bias, DoRA): only linear modules with two "
+                        "matrices each are trained here"
+                    )
+                factors[adapter] = factor = Factor(linear.in_features, linear.out_features, bias=False, device="meta")
                 factor.weight = linear.weight
 
 

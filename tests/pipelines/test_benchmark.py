@@ -113,11 +113,13 @@ def test_running_out_of_memory_is_a_row(monkeypatch):
         ("fits --caps 24 -1", "--caps -1: a GPU has more than 0 GB"),
         ("wire --model sd36", "--model sd36: the published configurations are sd35, flux1, flux2"),
         ("rollout --repeats 0", "--repeats 0: at least 1 is needed"),
-        ("rollout --model sd36", "--model sd36: the published configurations are sd35, flux1, flux2"),
-        ("rollout --size 512", "--size 512: the embedded default makes pictures of 64 pixels"),
-        ("rollout --model flux2 --size 60", "pictures of 60×60 pixels: this model makes sizes"),
+        ("rollout --model sd36 --random-weights", "--model sd36: the published configurations are sd35, flux1, flux2"),
+        ("rollout --width 512", "--model NAME --random-weights is a published model"),
+        ("rollout --model flux2", "--model NAME --random-weights is a published model"),
+        ("rollout --model flux2 --random-weights --height 0", "--height 0: at least 1 is needed"),
+        ("rollout --model flux2 --random-weights --height 60", "pictures of 60×512 pixels: this model makes sizes"),
         ("stages --model sd36 --random-weights", "--model sd36: the published configurations are sd35, flux1, flux2"),
-        ("stages --model sd35 --random-weights train.stepz=1", "train.stepz"),
+        ("stages --model sd35 --random-weights --width 60", "pictures of 512×60 pixels: this model makes sizes"),
         ("scale --factor 0", "--factor 0: it has to be more than 0"),
         ("scale --samplers 4 0", "--samplers 0: at least 1 is needed"),
         ("pipeline train.stepz=1 --steps 1", "train.stepz"),
@@ -133,7 +135,9 @@ def test_bad_input_ends_in_one_sentence(given, sentence, capsys):
 
 def test_sampling_here_is_the_stock_pipelines(capsys):
     benchmark.main(["rollout", "--batch", "2", "--repeats", "1"])
-    rows, shares = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith(("[", "{")))
+    found, shares = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    rows = found["rows"]
+    assert (found["device"], found["batch"], found["height"]) == ("CPU", 2, 64)
     assert [row["way"] for row in rows[:3]] == [
         "stock diffusers pipeline", "here, branches in one batch", "here, one branch after the other"
     ]  # fmt: skip
@@ -147,7 +151,7 @@ def test_sampling_here_is_the_stock_pipelines(capsys):
 
 @pytest.mark.parametrize("name", ["sd35", "flux1", "flux2"])
 def test_sampling_of_a_published_model_is_the_stock_pipelines(name):
-    subject = rollout_cost.published(name, 2, 64)
+    subject = rollout_cost.published(name, 2, 64, 64)
     stock, here = subject.stock(), subject.own()
     if name == "flux1":  # packed
         stock = FluxPipeline._unpack_latents(stock, 64, 64, subject.backbone.pipeline.vae_scale_factor)
@@ -169,13 +173,12 @@ def test_stages_of_a_published_model(monkeypatch, capsys):
     clip = CLIPConfig(text_config=small, vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=16)
     for module in (fits, stage_cost):
         monkeypatch.setattr(module, "VIT_H", clip)
-    sizes = "sampling.height=32 sampling.width=48 sampling.steps=8 train.micro_batch=2 surrogate.active_steps=3"
-    benchmark.main(f"stages --model flux2 --random-weights {sizes}".split())
+    benchmark.main(["stages", "--model", "flux2", "--random-weights", "--batch", "2", "--height", "32", "--width", "48"])
     said = capsys.readouterr().out
     found = json.loads(said.splitlines()[-2])
     assert [row["stage"] for row in found["rows"]] == ["sampling", "reward", "update"]
     assert all(row["seconds"] > 0 and row["flops"] > 0 for row in found["rows"])
-    assert (found["active"], found["velocities"], found["height"], found["width"]) == (3, 8, 32, 48)
+    assert (found["active"], found["velocities"], found["height"], found["width"]) == (4, 25, 32, 48)
     assert found["peak"] is None
     assert "micro-batch of 2 of 32×48 pixels" in said
 

@@ -204,7 +204,7 @@ def test_as_many_samplers_as_a_step_has_micro_batches_have_one_each(cluster):
         async def admit(self, version):
             async with self.changed:
                 await self.changed.wait_for(lambda: len(self.sampled) >= 2 * version)
-            await asyncio.sleep(1)  # an update: by then Ray Data has seen that both samplers are done
+            await asyncio.sleep(1)  # an update: ten turns of Ray Data, which may need some to see that both samplers are done
 
         async def done(self, number, sampler):
             async with self.changed:
