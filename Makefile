@@ -27,7 +27,7 @@ test: .venv/ready ## fast tests and the end-to-end ones, at most 20 minutes
 	$(BIN)/python -m pytest -m 'not slow and not drill'
 
 # Each file in a process of its own.
-test-all: test ## these and the slow ones, about an hour
+test-all: test ## these and the slow ones, at most an hour
 	for file in $$(grep -rl mark.slow tests --include='test_*.py'); do $(BIN)/python -m pytest -m slow $$file || exit 1; done
 
 drill: .venv/ready ## parts killed, interruptions, jobs, what is served, pages in Chromium: as CI does

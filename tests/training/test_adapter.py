@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
@@ -188,6 +189,15 @@ def test_a_start_with_another_rank_or_alpha_says_what_to_set(backbone, tiny_pipe
     check_start(load(SPARSE, settings))
     with pytest.raises(ValueError, match=re.escape(f"the adapter in {tmp_path} {sentence}")):
         adapter.adapted(load(SPARSE, [*settings, *overrides]), "cpu")
+
+
+def test_an_adapter_of_more_than_two_matrices_is_refused(backbone, tiny_pipeline, tmp_path):
+    """DoRA, whose directions and lengths are apart; diffusers loads it."""
+    names = adapter.matching(backbone.transformer, TARGETS)
+    backbone.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=names, use_dora=True))
+    adapter.export(backbone, adapter.read(backbone.transformer), tmp_path, weights="raw")
+    with pytest.raises(ValueError, match=r"the adapter of transformer_blocks\.0\.attn\.to_q is no plain LoRA"):
+        adapter.load_export(SD3Backbone.from_pretrained(tiny_pipeline), tmp_path)
 
 
 def test_a_file_that_is_no_adapter_or_no_single_one_is_no_start(tmp_path):
