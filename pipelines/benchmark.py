@@ -116,7 +116,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--factor {value:g}: it has to be more than 0")
         if name in COUNTS and None not in numbers and min(numbers) < 1:
             parser.error(f"--{name} {min(numbers):g}: at least 1 is needed")
-    if args.command == "rollout" and bool(args.model) != bool(args.random_weights or args.height or args.width):
+    if args.command == "rollout" and (
+        bool(args.model) != args.random_weights or (not args.model and (args.height or args.width))
+    ):
         parser.error("--model NAME --random-weights is a published model; without, the embedded default makes 64×64 pixels")
     if args.command in {"update", "stages", "rollout"}:
         args.height, args.width = args.height or 512, args.width or 512

@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from flowbp_ray.backbones.backbone import DTYPES, Conditioning
@@ -26,6 +25,7 @@ from pipelines.full_size import GB, build
 from pipelines.full_size import table as markdown
 from pipelines.placement import profile
 from pipelines.rollout_cost import evaluations
+from pipelines.update_cost import counted
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TOKENIZER = REWARD_MODELS["shapes/reward"]
@@ -49,16 +49,16 @@ def measure(name: str, batch: int, height: int, width: int, compiled: bool, told
             torch.cuda.reset_peak_memory_stats()
         seconds = profile(config, told)
     one = build(name, "meta", dtype, height=height, width=width).latents.shape
-    scoring, counted = rewards(name, tuple(one))[2], needs(name, full=False, checkpointing=True, height=height, width=width)
+    scoring, needed = rewards(name, tuple(one))[2], needs(name, full=False, checkpointing=True, height=height, width=width)
 
     @torch.no_grad()
     def velocity() -> None:
         made.backbone.velocity(made.latents, made.sigmas[0], made.text, made.negative, made.scale)
 
     work = {
-        "sampling": evaluations(plan) * flops(velocity),
+        "sampling": evaluations(plan) * counted(velocity)[1],
         "reward": len(plan.reward_inputs) * rewards(name, tuple(made.latents.shape))[3],
-        "update": flops(lambda: made.walk(plan)),
+        "update": counted(lambda: made.walk(plan))[1],
     }
     return {
         "model": name,
@@ -72,7 +72,7 @@ def measure(name: str, batch: int, height: int, width: int, compiled: bool, told
         "velocities": evaluations(plan),
         "peak": torch.cuda.max_memory_allocated() if cuda else None,
         # All models in one process, and one stage after the other.
-        "counted": counted.held - CONTEXTS + max(counted.step, batch * max(counted.update, counted.others - scoring, scoring)),
+        "counted": needed.held - CONTEXTS + max(needed.step, batch * max(needed.update, needed.others - scoring, scoring)),
         "rows": [{"stage": k, "seconds": seconds[k], "flops": v} for k, v in work.items()],
         **{k: v for k, v in seconds.items() if k not in work},
     }
@@ -123,13 +123,6 @@ def write(name: str, folder: Path, config: AlignConfig) -> None:
     for prompts in (list(PROMPTS), [""]):
         texts = {k: torch.randn(len(prompts), *shape).to(dtype) for k, shape in entry.text.items()}
         embeds.write(folder / "embeds", prompts, Conditioning(texts))
-
-
-def flops(run: Callable[[], None]) -> int:
-    """Of what runs on the meta device."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
 
 
 def table(found: dict[str, Any]) -> str:

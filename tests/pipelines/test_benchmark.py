@@ -115,7 +115,7 @@ def test_running_out_of_memory_is_a_row(monkeypatch):
         ("rollout --repeats 0", "--repeats 0: at least 1 is needed"),
         ("rollout --model sd36 --random-weights", "--model sd36: the published configurations are sd35, flux1, flux2"),
         ("rollout --width 512", "--model NAME --random-weights is a published model"),
-        ("rollout --model flux2", "--model NAME --random-weights is a published model"),
+        ("rollout --model flux2 --height 512", "--model NAME --random-weights is a published model"),
         ("rollout --model flux2 --random-weights --height 0", "--height 0: at least 1 is needed"),
         ("rollout --model flux2 --random-weights --height 60", "pictures of 60×512 pixels: this model makes sizes"),
         ("stages --model sd36 --random-weights", "--model sd36: the published configurations are sd35, flux1, flux2"),
