@@ -6,6 +6,7 @@
     python -m pipelines.benchmark rollout
     python -m pipelines.benchmark rollout --model sd35 --random-weights --compile
     python -m pipelines.benchmark stages --model sd35 --random-weights --batch 4
+    python -m pipelines.benchmark attention --model flux1 --random-weights --height 1024 --width 1024
     python -m pipelines.benchmark wire
     python -m pipelines.benchmark reward
     python -m pipelines.benchmark publish
@@ -16,11 +17,12 @@
 `update` measures one step at a time against the whole graph, on the GPU if there is one, and says what fits for its model;
 `fits` counts that for all models, without a GPU, and what `reward.decoder` saves; `rollout` compares sampling with the stock
 diffusers pipeline, of a published model on the GPU if there is one; `stages` times a micro-batch through the sampler, rewards
-and learner of a published model, in one process; `wire` counts what a sample has on its way to the trainer. The others start a
-local cluster: `reward` compares the reward service with a call in one process, and kills a replica of it under load; `publish`
-times weights on their way to samplers; `pipeline` compares the whole system with a loop in one process; `scale` has the real
-orchestration drive stages that only wait, up to 16 samplers; `images` asks the text-to-image service one by one and with many
-clients at once, while a replica is killed and an adapter replaced.
+and learner of a published model, in one process; `attention` times its velocities by each of diffusers' backends; `wire` counts
+what a sample has on its way to the trainer. The others start a local cluster: `reward` compares the reward service with a call
+in one process, and kills a replica of it under load; `publish` times weights on their way to samplers; `pipeline` compares the
+whole system with a loop in one process; `scale` has the real orchestration drive stages that only wait, up to 16 samplers;
+`images` asks the text-to-image service one by one and with many clients at once, while a replica is killed and an adapter
+replaced.
 
 Each table in Markdown is followed by its figures as one line of JSON; --mlflow keeps both in an MLflow run too.
 """
@@ -62,7 +64,11 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     update.add_argument("--repeats", type=int, default=3, help="timed runs, whose median is taken (default: %(default)s)")
     rollout = commands.add_parser("rollout", help="sampling beside the stock diffusers pipeline, for equal work")
     rollout.add_argument("--repeats", type=int, default=10, help="runs of each, in turn (default: %(default)s)")
-    for command, batch in ((update, 1), (stages, 2), (rollout, 4)):
+    attention = commands.add_parser(
+        "attention", help="what cluster.attention gains: a velocity and an active step by each backend"
+    )
+    attention.add_argument("--repeats", type=int, default=5, help="timed runs, whose median is taken (default: %(default)s)")
+    for command, batch in ((update, 1), (stages, 2), (rollout, 4), (attention, 1)):
         embedded = " (default: the embedded default, of 64×64 pixels)" if command is rollout else ""
         command.add_argument("--model", required=command is not rollout, help=f"sd35, flux1 or flux2{embedded}")
         command.add_argument(
@@ -74,8 +80,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--batch", type=int, default=batch, help="samples of a micro-batch (default: %(default)s)")
         command.add_argument("--height", type=int, help="of a published model's pictures, in pixels (default: 512)")
         command.add_argument("--width", type=int, help="of a published model's pictures, in pixels (default: 512)")
-        compiled = "with cluster.compile" if command is stages else "what cluster.compile gains too"
-        command.add_argument("--compile", action="store_true", help=compiled)
+        if command is not attention:
+            compiled = "with cluster.compile" if command is stages else "what cluster.compile gains too"
+            command.add_argument("--compile", action="store_true", help=compiled)
     fits = commands.add_parser("fits", help="the largest micro-batch under caps of memory, counted: needs no GPU")
     fits.add_argument("--model", help="one of sd35, flux1, flux2 (default: all)")
     wire = commands.add_parser("wire", help="what a sample has on its way to the trainer, counted")
@@ -120,7 +127,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         bool(args.model) != args.random_weights or (not args.model and (args.height or args.width))
     ):
         parser.error("--model NAME --random-weights is a published model; without, the embedded default makes 64×64 pixels")
-    if args.command in {"update", "stages", "rollout"}:
+    if args.command in {"update", "stages", "rollout", "attention"}:
         args.height, args.width = args.height or 512, args.width or 512
     if args.command == "update" and max(args.active) > STEPS:
         parser.error(f"--active {max(args.active)}: the sampler has {STEPS} steps, and no more can be active")
@@ -151,6 +158,12 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
         (name,) = named(args)
         found = stage_cost.measure(name, args.batch, args.height, args.width, args.compile, told)
         yield stage_cost.table(found), found
+    elif args.command == "attention":
+        from pipelines import attention_cost
+
+        (name,) = named(args)
+        found = attention_cost.measure(name, args.batch, args.height, args.width, args.repeats, told)
+        yield attention_cost.table(found), found
     elif args.command == "reward":
         from pipelines import reward_cost
 

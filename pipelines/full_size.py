@@ -126,14 +126,16 @@ def measured(update: Update, run: Callable[[], None], repeats: int) -> tuple[Cos
 def compare(update: Update, active: int, repeats: int) -> Row:
     """One step at a time beside the whole graph, at the same plan."""
     plan = update.plan("sparse", active_steps=active)
-    one = measured(update, update.one_velocity, repeats)  # just before, as a machine's pace changes
     walk = measured(update, lambda: update.walk(plan), repeats)
     whole = measured(update, lambda: update.whole_graph(plan), repeats)
     difference = None
     if walk and whole:
         pairs = [(a.float(), b.float()) for a, b in zip(walk[1], whole[1], strict=True)]
         difference = math.hypot(*((a - b).norm().item() for a, b in pairs)) / math.hypot(*(b.norm().item() for _, b in pairs))
-    of_velocity = walk[0].seconds / active / one[0].seconds if walk and one else None
+    of_velocity = None
+    if walk:  # in turn, as a machine's pace changes
+        turns = [(timed(update.one_velocity), timed(lambda: update.walk(plan))) for _ in range(repeats)]
+        of_velocity = statistics.median(steps / active / one for one, steps in turns)
     return Row(active, walk[0] if walk else None, whole[0] if whole else None, difference, of_velocity)
 
 

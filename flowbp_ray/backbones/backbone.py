@@ -149,6 +149,15 @@ class Backbone(ABC):
         for block in self.blocks(self.transformer):
             block.compile(backend=_kernels, dynamic=False, recompile_limit=64)
 
+    def attend(self, backend: str) -> None:
+        """Have attention computed by one of diffusers' backends. ValueError for a name that it has not, and for a transformer
+        whose attention it does not dispatch; RuntimeError for a backend that is not installed."""
+        processors = [getattr(module, "processor", None) for module in self.transformer.modules()]
+        if not any(hasattr(processor, "_attention_backend") for processor in processors):
+            name = type(self.transformer).__name__
+            raise ValueError(f"attention {backend}: diffusers has no choice of backends for {name}, so leave it out")
+        self.transformer.set_attention_backend(backend)
+
     @staticmethod
     def latent_channels(vae: Any) -> int:
         """The C of latents that `decode_latents` takes: the decoder's own, unless a family packs them."""

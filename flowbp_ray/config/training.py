@@ -132,6 +132,9 @@ class Cluster(Section):
     compile: bool = False
     """Have torch.compile make kernels of the transformer's blocks in samplers and train workers: minutes when a run starts, less
     time in each step, results that differ as roundings do. It takes a C++ compiler."""
+    attention: str | None = None
+    """One of diffusers' attention backends by its name (such as _native_flash) in samplers and train workers, for FLUX.1, FLUX.2
+    and Z-Image; null leaves the choice to torch."""
 
     @property
     def rewards(self) -> Replicas:

@@ -51,6 +51,8 @@ def trainable(config: AlignConfig, device: str) -> Backbone:
         backbone = backbone_of(config, device)
         backbone.check_guidance(config.sampling.guidance_scale)
         backbone.transformer.requires_grad_(True)
+    if config.cluster.attention:
+        backbone.attend(config.cluster.attention)
     if config.cluster.compile:
         backbone.compile()
     return backbone

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 
 from flowbp_ray.config import load
 from flowbp_ray.rollouts.sampler import Sampler
@@ -57,15 +58,14 @@ def test_embedded_guidance_cannot_be_compensated(tmp_path):
         Learner(load(SPARSE, [*SMALL, *paths]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("made", [tiny.sd3, tiny.flux1, tiny.flux2, tiny.z_image], ids=lambda made: made.__name__)
-def test_compiled_it_samples_and_learns_the_same(made, tmp_path):
-    folder = tiny.saved(made, tmp_path / "model")
-    (tmp_path / "prompts.txt").write_text("a red ring\ntwo circles\n", encoding="utf-8")
-    paths = [f"model.path={folder}", f"evaluation.prompts={tmp_path / 'prompts.txt'}", "surrogate={method: leapalign}"]
-    sampled, gradients = [], []
-    for compiled in ("false", "true"):
-        config = load(SPARSE, [*SMALL, *paths, f"cluster.compile={compiled}"])
+def same(made, folder, *changes):
+    """Samples and gradients without and with changes are the same but for roundings; gives what sampled and what learned."""
+    model = tiny.saved(made, folder / "model")
+    (folder / "prompts.txt").write_text("a red ring\ntwo circles\n", encoding="utf-8")
+    paths = [f"model.path={model}", f"evaluation.prompts={folder / 'prompts.txt'}", "surrogate={method: leapalign}"]
+    sampled, gradients, backbones = [], [], []
+    for more in ((), changes):
+        config = load(SPARSE, [*SMALL, *paths, *more])
         learner = Learner(config)
         sampler = Sampler(config, ["a red ring", "two circles"], {0: list(learner.policy())}.__getitem__)
         with ThreadPoolExecutor(1) as other:  # as Ray Data calls it
@@ -73,9 +73,27 @@ def test_compiled_it_samples_and_learns_the_same(made, tmp_path):
         sampled.append(block["latents"])
         learner.accumulate(block | {"gradients": np.ones_like(block["inputs"])})
         gradients.append(learner.weights.gradient.clone())
-        for backbone in (learner.backbone, sampler.backbone):
-            blocks = backbone.blocks(backbone.transformer)
-            assert all((b._compiled_call_impl is not None) == (compiled == "true") for b in blocks)
+        backbones.append((learner.backbone, sampler.backbone))
     np.testing.assert_allclose(*sampled, rtol=0, atol=1e-4)
     assert (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[0].norm()
     assert gradients[0].norm() > 0
+    return backbones
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", [tiny.sd3, tiny.flux1, tiny.flux2, tiny.z_image], ids=lambda made: made.__name__)
+def test_compiled_it_samples_and_learns_the_same(made, tmp_path):
+    for compiled, backbones in enumerate(same(made, tmp_path, "cluster.compile=true")):
+        for backbone in backbones:
+            blocks = backbone.blocks(backbone.transformer)
+            assert all((b._compiled_call_impl is not None) == bool(compiled) for b in blocks)
+
+
+@pytest.mark.parametrize("made", [tiny.flux1, tiny.flux2], ids=lambda made: made.__name__)
+def test_by_another_attention_it_samples_and_learns_the_same(made, tmp_path):
+    with attention_backend("native"):  # diffusers keeps the last one for the whole process
+        plain, other = same(made, tmp_path, "cluster.attention=_native_flash")
+    for backbones, name in ((plain, None), (other, "_native_flash")):
+        for backbone in backbones:
+            processors = [m.processor for m in backbone.transformer.modules() if hasattr(m, "processor")]
+            assert {p._attention_backend for p in processors} == {name}

@@ -104,3 +104,11 @@ def test_all_weights(models, made):
 def test_bfloat16():
     """Roundings of 2⁻⁸ all the way."""
     alike(step(SHAPES / "sparse.yaml"), step(SHAPES / "sparse.yaml", *ON_GPU, "model.dtype=bfloat16"), 0.3)
+
+
+@pytest.mark.parametrize("backend", ["_native_flash", "_native_efficient", "_native_cudnn"])
+def test_attention(models, backend):
+    given = [*of_family(models, "flux1"), "model.dtype=bfloat16"]
+    alike(
+        step(SHAPES / "sparse.yaml", *given), step(SHAPES / "sparse.yaml", *given, *ON_GPU, f"cluster.attention={backend}"), 0.3
+    )
