@@ -28,8 +28,8 @@ from pipelines.rewarding import rewarding
 #: 100,000 bytes, stays for ever in the process that runs Ray Data's stream; and Ray's GCS keeps 100,000 finished tasks.
 MEMORY = {"RAY_max_direct_call_object_size": "8192", "RAY_task_events_max_num_task_in_gcs": "1000"}
 #: Of the processes that a run trains with. Ray Data's executor asks for the size of what a stage made itself: a thread of its own
-#: has the answer just after the executor has looked, and it looks again 0.1 s later. At policy_lag 0 a step waits for that in all
-#: stages. And Ray Train's controller looks more often than each 2 s for train workers that have ended, or are no more.
+#: has the answer just after the executor has looked, and it looks again a turn later. At policy_lag 0 a step waits for that in
+#: all stages. And Ray Train's controller looks more often than each 2 s for train workers that have ended, or are no more.
 PROMPT = {"RAY_DATA_METADATA_PREFETCH_ON_THREAD": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 
 

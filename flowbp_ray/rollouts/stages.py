@@ -1,6 +1,7 @@
 """The stages of streams on Ray Data, one class each.
 
-Ray imports this module in every process that passes a stage on, so what loads torch is imported where a model is loaded.
+Ray imports this module in every process that passes a stage on, so what loads torch is imported where a model is loaded. The
+executor's is one of them.
 """
 
 import json
@@ -17,6 +18,7 @@ import numpy as np
 import ray
 from ray import serve
 from ray.actor import ActorHandle
+from ray.data._internal.execution import streaming_executor_state as executor
 from ray.serve.handle import DeploymentHandle
 
 from flowbp_ray.config import AlignConfig
@@ -26,6 +28,11 @@ from flowbp_ray.training import EXPORT_FILE
 
 REWARDS = "scoring by the reward service"
 ENCODED_AT_ONCE = 16  # prompts, to one file: what each process loses by an interruption
+
+#: Seconds after which Ray Data's executor looks for what is done as long as anything is not, in place of its own 0.1. What a
+#: stage has made waits for that, and once more before a train worker; at policy_lag 0 nothing else is done meanwhile. Ray has no
+#: setting for it, so its constant is set, and a test watches that the executor goes by it.
+executor.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = 0.02
 
 
 def service(application: str) -> DeploymentHandle:

@@ -36,7 +36,7 @@ def rollouts(
 
     def pool(size: int, most: int | None = None, *, ahead: int, threads: int | None = None) -> ActorPoolStrategy:
         # One micro-batch is worked on, and where there are others they are fetched, or handed on, meanwhile. A process without
-        # one waits for Ray Data's executor, which looks for what is done each 0.1 s as long as anything is not.
+        # one waits for Ray Data's executor, which looks for what is done in turns as long as anything is not.
         return ActorPoolStrategy(
             min_size=size,
             max_size=most or size,

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import ray
 from ray.data import DataContext
+from ray.data._internal.execution import streaming_executor_state as executor
 
 from flowbp_ray.config import load
 from flowbp_ray.rollouts.stages import Sampling
@@ -70,6 +72,17 @@ def test_a_stage_and_a_train_worker_read_what_is_sampled_where_it_lies(cluster):
     ray.kill(store)
     assert len(blocks) == LAST + 1
     assert not any(block["copied"].any() or block["latents"].flags.writeable for block in blocks)
+
+
+def test_the_executor_looks_for_what_is_done_as_often_as_it_is_told_to(cluster):
+    name = "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"
+    assert name in executor.process_completed_tasks.__code__.co_names  # not a copy of its value
+    store = open_store()
+    with streaming():
+        (iterator,) = stream(0, store).streaming_split(1)
+    there = iterator._coord_actor.__ray_call__.remote(lambda _: vars(sys.modules[executor.__name__])[name])
+    assert ray.get(there) == vars(executor)[name] < 0.1
+    ray.kill(store)
 
 
 def reversing_store(last):
