@@ -13,8 +13,7 @@ import numpy as np
 import ray
 from ray import PlacementGroupID
 from ray.actor import ActorHandle
-from ray.data import ExecutionOptions
-from ray.train import Checkpoint, CheckpointConfig, DataConfig, Result, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from tqdm import tqdm
@@ -24,8 +23,8 @@ from flowbp_ray.pictures import Cell, Row, sheet
 from flowbp_ray.rollouts.evaluation import Pictures, differences, evaluate, scores
 from flowbp_ray.rollouts.policy import PolicyStore
 from flowbp_ray.rollouts.prompts import pictured, read_prompts
-from flowbp_ray.rollouts.stages import RewardStage, SamplerStage, Sampling, Timed
-from flowbp_ray.rollouts.stream import rollouts
+from flowbp_ray.rollouts.stages import Rewarding, RewardStage, SamplerStage, Sampling
+from flowbp_ray.rollouts.stream import InTurn, rollouts
 from flowbp_ray.shapes.checker import check
 from flowbp_ray.shapes.evaluation import Score
 from flowbp_ray.tracking.registry import Exported
@@ -66,7 +65,7 @@ class Parts:
     """What does the work of an attempt; `pipelines.scale` puts others in its place."""
 
     sampler: type[Sampling] = SamplerStage
-    reward: type[Timed] = RewardStage
+    reward: type[Rewarding] = RewardStage
     learner: Callable[[AlignConfig, int], Any] = learner_of
 
 
@@ -207,8 +206,7 @@ def attempt(
             ),
         ),
         datasets={"rollouts": stream},
-        # Which rank gets which micro-batch depends on the order alone.
-        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
+        dataset_config=InTurn(),
     )
     # As a task of its own: in the main thread Ray Train takes Ctrl-C for itself, and a thread would outlive the connection.
     running = ray.remote(num_cpus=0, max_retries=0, max_calls=1, scheduling_strategy=on_this_node())(TorchTrainer.fit).remote(

@@ -19,7 +19,7 @@ from flowbp_ray.config import AlignConfig
 from flowbp_ray.randomness import seed_of
 from flowbp_ray.rollouts.batches import Block, Chunk, MicroBatch, Piece, policy_version
 from flowbp_ray.rollouts.plans import plan_of
-from flowbp_ray.rollouts.stages import Sampling, Timed
+from flowbp_ray.rollouts.stages import Rewarding, Sampling, Timed
 from flowbp_ray.surrogate.plan import Plan
 
 if TYPE_CHECKING:
@@ -84,13 +84,13 @@ class Sampler(Sampling):
         return columns | {"sampling_seconds": np.full(number, (time.perf_counter() - began) / number)}
 
 
-class Reward(Timed):
+class Reward(Rewarding):
     """Waits, and gives back what it got."""
 
-    name = "reward"
     pace: Pace
 
     def __init__(self, config: AlignConfig, application: str) -> None:
+        super().__init__(config)
         self.names = [component.name for component in config.reward.components]
 
     def work(self, block: Block) -> Block:

@@ -1,7 +1,7 @@
 """The stages of streams on Ray Data, one class each.
 
 Ray imports this module in every process that passes a stage on, so what loads torch is imported where a model is loaded. The
-executor's is one of them.
+process of Ray Data's executor is one of them.
 """
 
 import json
@@ -32,7 +32,7 @@ ENCODED_AT_ONCE = 16  # prompts, to one file: what each process loses by an inte
 #: Seconds after which Ray Data's executor looks for what is done as long as anything is not, in place of its own 0.1. What a
 #: stage has made waits for that, and once more before a train worker; at policy_lag 0 nothing else is done meanwhile. Ray has no
 #: setting for it, so its constant is set, and a test watches that the executor goes by it.
-executor.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = 0.02
+executor.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = 0.03
 
 
 def service(application: str) -> DeploymentHandle:
@@ -82,26 +82,30 @@ class Admission:
         return block
 
 
-class Sampling(Timed):
-    """Works on one of the micro-batches that it was given, when its policy version exists: the first that there is.
+class InOrder(Timed):
+    """Works on the first by number of the micro-batches that it was given, one at a time; each is there in a thread of its own.
 
-    Each waits in a thread of its own, as an actor's tasks begin in any order: one must not keep another that its version needs.
+    An actor's tasks begin in any order. What comes of a stage is handed on in order: one that is late keeps all behind it.
     """
 
-    name = "sampling"
-
-    def __init__(self, config: AlignConfig, store: ActorHandle) -> None:
-        self.admission = Admission(config, store)
+    def __init__(self) -> None:
         self.given: list[int] = []
         self.changed, self.turn = threading.Condition(), threading.Lock()
 
+    @abstractmethod
+    def number(self, block: Block) -> int:
+        """Of a block's micro-batch, in a run's order."""
+
+    def admit(self, block: Block) -> None:
+        """Wait for what work on it needs; others do not wait for that, unless they come after it."""
+
     def __call__(self, block: Block) -> Block:
-        """The micro-batch whose number is the one row of ``number``."""
-        number = int(block["number"][0])
+        """As `Timed`, in turn."""
+        number = self.number(block)
         with self.changed:
             self.given.append(number)
         try:
-            self.admission(block)
+            self.admit(block)
             with self.changed:
                 self.changed.wait_for(lambda: number == min(self.given))
             with self.turn:
@@ -110,6 +114,38 @@ class Sampling(Timed):
             with self.changed:
                 self.given.remove(number)
                 self.changed.notify_all()
+
+
+class Sampling(InOrder):
+    """Works on a micro-batch, whose number is the one row of ``number``, when its policy version exists."""
+
+    name = "sampling"
+
+    def __init__(self, config: AlignConfig, store: ActorHandle) -> None:
+        super().__init__()
+        self.admission = Admission(config, store)
+
+    def number(self, block: Block) -> int:
+        """As it was given."""
+        return int(block["number"][0])
+
+    def admit(self, block: Block) -> None:
+        """Wait for its policy version."""
+        self.admission(block)
+
+
+class Rewarding(InOrder):
+    """Gives a micro-batch its rewards."""
+
+    name = "reward"
+
+    def __init__(self, config: AlignConfig) -> None:
+        super().__init__()
+        self.parts = config.train.batch // config.train.micro_batch
+
+    def number(self, block: Block) -> int:
+        """By its step and its part of that."""
+        return int(block["step"][0]) * self.parts + int(block["part"][0])
 
 
 class SamplerStage(Sampling):
@@ -127,12 +163,11 @@ class SamplerStage(Sampling):
         return self.sampler(block)
 
 
-class RewardStage(Timed):
+class RewardStage(Rewarding):
     """Asks the reward service: one request a reward input, with the whole micro-batch."""
 
-    name = "reward"
-
     def __init__(self, config: AlignConfig, application: str) -> None:
+        super().__init__(config)
         self.config, self.service = config, service(application)
 
     def work(self, block: Block) -> Block:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
-from ray.data import ActorPoolStrategy, Dataset
+from ray.data import ActorPoolStrategy, DataIterator, Dataset, ExecutionOptions
+from ray.train import DataConfig
 
 from flowbp_ray.config import AlignConfig
-from flowbp_ray.rollouts.stages import Admission, RewardStage, SamplerStage, Sampling, Timed
+from flowbp_ray.rollouts.stages import Admission, Rewarding, RewardStage, SamplerStage, Sampling
 
 #: Of a process in which micro-batches wait for their policy versions, each in one. A sampler may have two that wait, and Ray has
 #: it make earlier ones again, which those wait for, if a machine is lost that had what came of them.
@@ -26,9 +27,9 @@ def rollouts(
     application: str,
     first_step: int = 0,
     sampler: type[Sampling] = SamplerStage,
-    reward: type[Timed] = RewardStage,
+    reward: type[Rewarding] = RewardStage,
 ) -> Dataset:
-    """All micro-batches of a run from a step on, in order, by these stages. Set ``preserve_order`` where it is executed."""
+    """All micro-batches of a run from a step on, in order, by these stages; execute it as `InTurn` does."""
     cluster = config.cluster
     parts = config.train.batch // config.train.micro_batch
     source = ray.data.from_arrow([pa.table({"number": [n]}) for n in range(first_step * parts, config.train.steps * parts)])
@@ -63,7 +64,33 @@ def rollouts(
     ).map_batches(
         reward,
         fn_constructor_args=(config, application),
-        compute=pool(cluster.rewards.most, ahead=4),
+        compute=pool(cluster.rewards.most, ahead=4, threads=4),
         num_cpus=0.01,
         **whole,
     )
+
+
+class InTurn(DataConfig):
+    """Deals micro-batches out to train workers in turn, in order, each when it is there.
+
+    Ray Train's own splits equally whatever comes, so it keeps what there is until every worker can have as many.
+    """
+
+    def configure(
+        self,
+        datasets: dict[str, Dataset],
+        world_size: int,
+        worker_handles: list[ActorHandle] | None,
+        worker_node_ids: list[str] | None,
+        **_: object,
+    ) -> list[dict[str, DataIterator]]:
+        """For each rank the iterators of all datasets, by name."""
+        ranks: list[dict[str, DataIterator]] = [{} for _ in range(world_size)]
+        for name, dataset in datasets.items():
+            stream = dataset.copy(dataset)
+            stream.set_name(name)
+            stream.context.execution_options = ExecutionOptions(preserve_order=True)
+            # Which rank gets which depends on the order alone, not on where it lies.
+            for rank, split in zip(ranks, stream.streaming_split(world_size, equal=False), strict=True):
+                rank[name] = split
+        return ranks

@@ -16,7 +16,7 @@ from ray.data._internal.execution import streaming_executor_state as executor
 
 from flowbp_ray.config import load
 from flowbp_ray.rollouts.stages import Sampling
-from flowbp_ray.rollouts.stream import rollouts
+from flowbp_ray.rollouts.stream import InTurn, rollouts
 from pipelines.machines import SPARSE
 from pipelines.stand_ins import Pace, Reward, Sampler, paced
 
@@ -246,6 +246,50 @@ def test_as_many_samplers_as_a_step_has_micro_batches_have_one_each(cluster):
     ray.kill(store)
     assert sorted(by) == list(range(2 * (LAST + 1)))
     assert all(by[2 * step] != by[2 * step + 1] for step in range(1, LAST + 1))  # of the first one, the first may have had both
+
+
+def test_a_train_worker_has_its_micro_batch_before_there_is_one_for_the_next(cluster):
+    """And they have them in turn."""
+
+    class Signal:
+        def __init__(self):
+            self.sent = asyncio.Event()
+
+        async def send(self):
+            self.sent.set()
+
+        async def admit(self, version):
+            pass
+
+        async def fetch(self, version):
+            return []
+
+        async def wait(self):
+            await self.sent.wait()
+
+    class Waiting(Sampler):
+        """Samples the second micro-batch when it may."""
+
+        def work(self, block):
+            if int(block["number"][0]) == 1:
+                ray.get(self.store.wait.remote())
+            return super().work(block)
+
+    store = ray.remote(Signal).options(num_cpus=0).remote()
+    made = stream(1, store, parts=2, sampler=Waiting)
+    made.context.enable_progress_bars = False
+    splits = [one["rollouts"] for one in InTurn().configure({"rollouts": made}, 2, None, None)]
+    with ThreadPoolExecutor(2) as ranks:
+        blocks = [iter(split.iter_batches(batch_size=None, prefetch_batches=0)) for split in splits]
+        first, second = (ranks.submit(next, one) for one in blocks)
+        numbers = [first.result(timeout=60)["part"][0]]
+        assert not second.done()
+        ray.get(store.send.remote())
+        numbers.append(second.result(timeout=60)["part"][0])
+        rest = list(ranks.map(lambda one: [int(block["part"][0]) for block in one], blocks))
+    ray.kill(store)
+    assert numbers == [0, 1]
+    assert rest == [[rank] * LAST for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("lag", [0, 1])
