@@ -27,17 +27,18 @@ def measure(name: str, batch: int, height: int, width: int, repeats: int, told: 
     for backend in BACKENDS:
         told(f"{name}, {backend}")
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
-            rows.append(alone.submit(measured, name, backend, batch, height, width, repeats).result())
+            where, dtype, row = alone.submit(measured, name, backend, batch, height, width, repeats).result()
+            rows.append(row)
     sizes = {"batch": batch, "height": height, "width": width, "repeats": repeats}
-    return {"model": name, "device": rows[0].pop("device"), "dtype": rows[0].pop("dtype"), **sizes, "rows": rows}
+    return {"model": name, "device": where, "dtype": dtype, **sizes, "rows": rows}
 
 
-def measured(name: str, backend: str, batch: int, height: int, width: int, repeats: int) -> dict[str, Any]:
-    """One backend's row."""
+def measured(name: str, backend: str, batch: int, height: int, width: int, repeats: int) -> tuple[str, str, dict[str, Any]]:
+    """On what, in which dtype, and one backend's row."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     update = build(name, device, dtype, batch=batch, height=height, width=width)
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    return row(update, backend, repeats) | {"device": where, "dtype": str(dtype).removeprefix("torch.")}
+    return where, str(dtype).removeprefix("torch."), row(update, backend, repeats)
 
 
 def row(update: Update, backend: str, repeats: int) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def row(update: Update, backend: str, repeats: int) -> dict[str, Any]:
             found[key] = statistics.median(timed(run) for _ in range(repeats))
         if cuda:
             found["peak"] = torch.cuda.max_memory_allocated() - before
-    except RuntimeError as error:  # what torch raises for a kernel that is not there, or fails
+    except (RuntimeError, ValueError) as error:  # for a kernel that is not there, does not take this, or fails
         found["failed"] = str(error).splitlines()[0].partition(". ")[0]
     return found
 

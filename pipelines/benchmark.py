@@ -70,7 +70,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     attention.add_argument("--repeats", type=int, default=5, help="timed runs, whose median is taken (default: %(default)s)")
     for command, batch in ((update, 1), (stages, 2), (rollout, 4), (attention, 1)):
         embedded = " (default: the embedded default, of 64×64 pixels)" if command is rollout else ""
-        command.add_argument("--model", required=command is not rollout, help=f"sd35, flux1 or flux2{embedded}")
+        models = "flux1 or flux2" if command is attention else "sd35, flux1 or flux2"
+        command.add_argument("--model", required=command is not rollout, help=f"{models}{embedded}")
         command.add_argument(
             "--random-weights",
             action="store_true",

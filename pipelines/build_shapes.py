@@ -1,4 +1,4 @@
-"""Train the embedded default's models from nothing and measure them: hours on two cores, and a quarter for the base on a GPU.
+"""Train the embedded default's models from nothing and measure them: hours on two cores, and the base about one on a GPU.
 
 Stages run in the order below and each resumes where it stopped; a finished one is skipped. `reward` and
 `judge` need nothing from the others, so two shells can share two cores:

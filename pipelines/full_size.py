@@ -17,6 +17,7 @@ from tqdm import tqdm
 from flowbp_ray.backbones.backbone import Conditioning
 from flowbp_ray.backbones.published import PUBLISHED
 from flowbp_ray.surrogate.backward import Guidance
+from flowbp_ray.surrogate.plan import Plan
 from flowbp_ray.training.adapter import add_adapter
 from flowbp_ray.training.memory import peak, size, weights
 from pipelines.benchmark import RANK, STEPS
@@ -132,11 +133,19 @@ def compare(update: Update, active: int, repeats: int) -> Row:
     if walk and whole:
         pairs = [(a.float(), b.float()) for a, b in zip(walk[1], whole[1], strict=True)]
         difference = math.hypot(*((a - b).norm().item() for a, b in pairs)) / math.hypot(*(b.norm().item() for _, b in pairs))
-    of_velocity = None
-    if walk:  # in turn, as a machine's pace changes
-        turns = [(timed(update.one_velocity), timed(lambda: update.walk(plan))) for _ in range(repeats)]
-        of_velocity = statistics.median(steps / active / one for one, steps in turns)
+    of_velocity = of_one_velocity(update, plan, active, repeats) if walk else None
     return Row(active, walk[0] if walk else None, whole[0] if whole else None, difference, of_velocity)
+
+
+def of_one_velocity(update: Update, plan: Plan, active: int, repeats: int) -> float | None:
+    """An active step's seconds over those of one velocity, in turn, as a machine's pace changes; None where memory does not
+    suffice."""
+    try:
+        timed(update.one_velocity)  # the first run loads kernels
+        turns = [(timed(update.one_velocity), timed(lambda: update.walk(plan))) for _ in range(repeats)]
+    except torch.OutOfMemoryError:
+        return None
+    return statistics.median(steps / active / one for one, steps in turns)
 
 
 def compiled(update: Update, row: Row, repeats: int) -> Row:

@@ -53,6 +53,7 @@ def settings() -> Iterator[list[str]]:
             "train.storage=nothing://bucket/runs",
             "train.best=reward/jugde",
             "model.revision=main",
+            "cluster.attention=_native_flash",
             "reward.components.0.weight=0",
             "reward.components.5.weight=1",
             "nonsense",

@@ -27,6 +27,8 @@ def check_models(config: AlignConfig) -> None:
     source = Path(config.model.source)
     if source.is_absolute():
         check_pipeline(source, texts=config.prompts.embeds is None)
+        if config.cluster.attention and _json(source / paths.MODEL_INDEX)["_class_name"] == FAMILIES[0]:
+            raise ValueError(f"cluster.attention: diffusers has no choice of backends for a {FAMILIES[0]}; set it to null")
     if config.adapter and config.adapter.init_from:
         check_start(config)
         if source.is_absolute():

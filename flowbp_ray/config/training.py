@@ -133,8 +133,8 @@ class Cluster(Section):
     """Have torch.compile make kernels of the transformer's blocks in samplers and train workers: minutes when a run starts, less
     time in each step, results that differ as roundings do. It takes a C++ compiler."""
     attention: str | None = None
-    """One of diffusers' attention backends by its name (such as _native_flash) in samplers and train workers, for FLUX.1, FLUX.2
-    and Z-Image; null leaves the choice to torch."""
+    """One of diffusers' attention backends by its name (such as _native_flash) in samplers and train workers, for FLUX.1 and
+    FLUX.2, and for Z-Image one that takes a mask; null leaves the choice to torch."""
 
     @property
     def rewards(self) -> Replicas:

@@ -52,7 +52,7 @@ def test_the_first_of_what_is_there_is_rewarded_first():
         for here, (step, part) in enumerate([(1, 0), (2, 0), (1, 1), (0, 1)], start=1):
             given = {"step": np.full(2, step), "part": np.full(2, part), "prompt": np.array(["a", "b"], dtype=object)}
             waiting.append(threads.submit(stage, given))
-            while len(stage.given) < here:
+            while len(stage.given) < here and not waiting[-1].done():
                 time.sleep(0.01)
             assert at_work.wait(60)  # the first one, before there is another
         going.set()

@@ -282,9 +282,11 @@ def test_a_train_worker_has_its_micro_batch_before_there_is_one_for_the_next(clu
     with ThreadPoolExecutor(2) as ranks:
         blocks = [iter(split.iter_batches(batch_size=None, prefetch_batches=0)) for split in splits]
         first, second = (ranks.submit(next, one) for one in blocks)
-        numbers = [first.result(timeout=60)["part"][0]]
-        assert not second.done()
-        ray.get(store.send.remote())
+        try:
+            numbers = [first.result(timeout=60)["part"][0]]
+            assert not second.done()
+        finally:  # else a failure would wait for the other one
+            ray.get(store.send.remote())
         numbers.append(second.result(timeout=60)["part"][0])
         rest = list(ranks.map(lambda one: [int(block["part"][0]) for block in one], blocks))
     ray.kill(store)

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
+from diffusers.models.attention_dispatch import attention_backend
 
 from flowbp_ray.config import load
 from flowbp_ray.rollouts.prompts import read_prompts
@@ -106,9 +107,9 @@ def test_bfloat16():
     alike(step(SHAPES / "sparse.yaml"), step(SHAPES / "sparse.yaml", *ON_GPU, "model.dtype=bfloat16"), 0.3)
 
 
-@pytest.mark.parametrize("backend", ["_native_flash", "_native_efficient", "_native_cudnn"])
+@pytest.mark.parametrize("backend", ["_native_flash", "_native_efficient"])
 def test_attention(models, backend):
     given = [*of_family(models, "flux1"), "model.dtype=bfloat16"]
-    alike(
-        step(SHAPES / "sparse.yaml", *given), step(SHAPES / "sparse.yaml", *given, *ON_GPU, f"cluster.attention={backend}"), 0.3
-    )
+    with attention_backend("native"):  # diffusers keeps the last one for the whole process
+        plain = step(SHAPES / "sparse.yaml", *given)
+        alike(plain, step(SHAPES / "sparse.yaml", *given, *ON_GPU, f"cluster.attention={backend}"), 0.3)
