@@ -152,7 +152,7 @@ class Backbone(ABC):
     def attend(self, backend: str) -> None:
         """Have attention computed by one of diffusers' backends. ValueError for a name that it has not, and for a transformer
         whose attention it does not dispatch; RuntimeError for a backend that is not installed."""
-        processors = [getattr(module, "processor", None) for module in self.transformer.modules()]
+        processors = [module.processor for module in self.transformer.modules() if hasattr(module, "processor")]
         if not any(hasattr(processor, "_attention_backend") for processor in processors):
             name = type(self.transformer).__name__
             raise ValueError(f"attention {backend}: diffusers has no choice of backends for {name}, so leave it out")
