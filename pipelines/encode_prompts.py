@@ -95,7 +95,7 @@ def encode(config: AlignConfig, folder: Path, prompts: list[str]) -> None:
     from ray.data import ActorPoolStrategy
 
     from flowbp_ray.rollouts.embeds import Embeds
-    from flowbp_ray.rollouts.stages import ENCODED_AT_ONCE, Encoder
+    from flowbp_ray.rollouts.encoding import ENCODED_AT_ONCE, Encoder
     from pipelines.session import progress, quiet_streams
 
     quiet_streams()

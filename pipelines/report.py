@@ -12,7 +12,7 @@ import numpy as np
 
 from flowbp_ray.config import ConfigError
 from flowbp_ray.rollouts.evaluation import TEXTS, Pictures, differences, scores
-from flowbp_ray.rollouts.stages import picture_file
+from flowbp_ray.rollouts.pictures import picture_file
 from flowbp_ray.shapes.captions import TASKS
 from flowbp_ray.shapes.evaluation import Score
 

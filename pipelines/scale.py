@@ -6,6 +6,7 @@ stage does; at policy_lag 0, where stages of two steps never overlap, than its m
 """
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +29,7 @@ from pipelines.stand_ins import Learner, Pace, Reward, Sampler, paced
 SAMPLES, MICRO_BATCH = 8, 2  # for each sampler and step; in a micro-batch
 ROLLOUT, REWARD, UPDATE = 8.0, 1.0, 4.0  # seconds for 8 samples
 FIRST, LAST = 2, 1  # steps left out: the first fill the stream, and with the last it runs empty
-NODES, CPUS, STORE = 4, 10, 2 * 2**30  # worker nodes, and the logical CPUs and the object store's bytes of each
+NODES, STORE = 4, 2 * 2**30  # worker nodes, and the object store's bytes of each
 SERIES = ("balanced", "samplers", "stragglers", "publish")
 
 
@@ -117,9 +118,11 @@ def measure(
     """A row for each case, on a local cluster of several nodes."""
     rows = []
     chosen = list(cases(series, numbers, factor))
-    for case in chosen:  # what no alignment can be is said before the first one
-        configured(case, FIRST + steps + LAST, Path("/"))
-    with TemporaryDirectory(prefix="scale_") as scratch, Machines(NODES, CPUS, STORE):
+    # What no alignment can be is said before the first one.
+    reserved = max(configured(case, FIRST + steps + LAST, Path("/")).reserved()["CPU"] for case in chosen)
+    # Not many more than what runs has: for each logical CPU Ray keeps a process that has nothing to do, and takes 1 % of a core.
+    cpus = math.ceil(reserved / NODES) + 1
+    with TemporaryDirectory(prefix="scale_") as scratch, Machines(NODES, cpus, STORE):
         quiet_streams()
         for number, case in enumerate(chosen):
             folder = Path(scratch) / f"{number:03d}"

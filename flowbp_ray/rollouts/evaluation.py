@@ -11,8 +11,8 @@ from pyarrow import parquet
 from ray.data import ActorPoolStrategy
 
 from flowbp_ray.config import AlignConfig
+from flowbp_ray.rollouts.pictures import Examiner, Painter, scores_file
 from flowbp_ray.rollouts.prompts import pictured
-from flowbp_ray.rollouts.stages import Examiner, Painter, scores_file
 from flowbp_ray.shapes.captions import TASKS
 from flowbp_ray.shapes.evaluation import Score, average, seeds, six_tasks
 

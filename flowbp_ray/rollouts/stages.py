@@ -1,17 +1,13 @@
-"""The stages of streams on Ray Data, one class each.
+"""The stages of the stream of rollouts, one class each.
 
 Ray imports this module in every process that passes a stage on, so what loads torch is imported where a model is loaded. The
 process of Ray Data's executor is one of them.
 """
 
-import json
-import platform
-import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,15 +20,14 @@ from ray.serve.handle import DeploymentHandle
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.asking import Request
 from flowbp_ray.rollouts.batches import Block, MicroBatch
-from flowbp_ray.training import EXPORT_FILE
 
 REWARDS = "scoring by the reward service"
-ENCODED_AT_ONCE = 16  # prompts, to one file: what each process loses by an interruption
 
 #: Seconds after which Ray Data's executor looks for what is done as long as anything is not, in place of its own 0.1. What a
-#: stage has made waits for that, and once more before a train worker; at policy_lag 0 nothing else is done meanwhile. Ray has no
-#: setting for it, so its constant is set, and a test watches that the executor goes by it.
-executor.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = 0.03
+#: stage has made waits for that, and once more before a train worker, and so does a sampler for its next micro-batch; at
+#: policy_lag 0 nothing else is done meanwhile. Ray has no setting for it, so its constant is set, and a test watches that the
+#: executor goes by it.
+executor.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = 0.01
 
 
 def service(application: str) -> DeploymentHandle:
@@ -198,116 +193,3 @@ def rewarded(config: AlignConfig, block: Block, ask: Callable[..., Callable[[], 
             block[f"weight/{component.name}"] = np.full(len(prompts), weights[component.name])
     block["reward_seconds"] = np.full(len(prompts), (time.perf_counter() - began) / len(prompts))
     return block
-
-
-class Encoder:
-    """Encodes prompts to a file in ``folder`` for each block. RuntimeError if the folder is not to be seen from here."""
-
-    def __init__(self, config: AlignConfig, folder: Path) -> None:
-        import torch
-
-        from flowbp_ray.backbones import family_of
-        from flowbp_ray.backbones.backbone import DTYPES
-        from flowbp_ray.rollouts import embeds
-
-        if not (folder / embeds.ENCODER_FILE).exists():
-            raise RuntimeError(f"{platform.node()} cannot see {folder}: set --output to a folder that all machines share")
-        torch.set_num_threads(config.cluster.threads)
-        device, model = "cuda" if config.cluster.sampler_gpus else "cpu", config.model
-        family, rest = family_of(model.source, model.revision), ("transformer", "vae")
-        self.backbone = family.from_pretrained(model.source, DTYPES[model.dtype], device, model.revision, without=rest)
-        self.folder, self.write = folder, embeds.write
-
-    def __call__(self, block: Block) -> Block:
-        """The same block, when its file is there."""
-        prompts = block["prompt"].tolist()
-        # A batch of another size is rounded otherwise, and what becomes of a prompt must not depend on who came with it. The
-        # negative prompt is encoded alone everywhere.
-        filling = [] if prompts == [""] else prompts[-1:] * (ENCODED_AT_ONCE - len(prompts))
-        self.write(self.folder, prompts, self.backbone.encode(prompts + filling)[: len(prompts)])
-        return block
-
-
-class Painter:
-    """Samples finished latents with an exported adapter (its file's bytes), an exported pipeline, or the base model."""
-
-    def __init__(self, config: AlignConfig, exported: bytes | Path | None) -> None:
-        import torch
-
-        from flowbp_ray.rollouts.embeds import backbone_of
-        from flowbp_ray.training.adapter import load_export, merge, plain_weights
-
-        torch.set_num_threads(config.cluster.threads)
-        device = "cuda" if config.cluster.sampler_gpus else "cpu"
-        self.sampling = config.sampling
-        self.backbone = backbone_of(config, device, exported if isinstance(exported, Path) else None)
-        if isinstance(exported, bytes):
-            with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / EXPORT_FILE).write_bytes(exported)
-                load_export(self.backbone, Path(folder))
-            merge(self.backbone.transformer, plain_weights(self.backbone.transformer))
-
-    def __call__(self, block: Block) -> Block:
-        """Add finished latents to ``prompt`` and ``seed``."""
-        latents = self.backbone.sample_latents(
-            block["prompt"].tolist(),
-            block["seed"].tolist(),
-            steps=self.sampling.steps,
-            guidance_scale=self.sampling.guidance_scale,
-            height=self.sampling.height,
-            width=self.sampling.width,
-            kind=self.sampling.grid,
-        )
-        return block | {"latents": latents.cpu().numpy()}
-
-
-def scores_file(folder: Path, seeds: Sequence[int]) -> Path:
-    """Where the scores of a block of pictures are, once all of it is done."""
-    return folder / "scores" / f"{seeds[0]}-{seeds[-1]}.parquet"
-
-
-class Examiner:
-    """Has the pictures decoded and scored by the reward service, judges them, and keeps them if there is a ``folder``.
-
-    RuntimeError if the folder is not to be seen from here.
-    """
-
-    def __init__(self, config: AlignConfig, application: str, folder: Path | None) -> None:
-        from flowbp_ray import evaluators
-
-        if folder and not folder.exists():
-            raise RuntimeError(f"{platform.node()} cannot see {folder}: set output to a folder that all machines share")
-        self.service, self.folder = service(application), folder
-        self.judges = evaluators.load(config.evaluation, "cuda" if config.evaluation.judge_gpus else "cpu")
-
-    def __call__(self, block: Block) -> Block:
-        """Scores and verdicts in place of the latents."""
-        prompts, rows = block["prompt"].tolist(), [json.loads(row) for row in block["row"]]
-        latents = np.ascontiguousarray(block["latents"])
-        seen = Request(self.service, "look", latents, prompts, what=REWARDS, prompts=prompts).result()
-        judged = {k: block[k] for k in ("task", "prompt", "seed")}
-        for judge in self.judges:
-            judged |= judge(seen["pictures"], rows)
-        judged |= {f"reward/{k}": v for k, v in seen["components"].items()}
-        if self.folder:
-            keep(self.folder, judged, seen["pictures"])
-        return judged
-
-
-def keep(folder: Path, judged: Block, pictures: np.ndarray) -> None:
-    """Write a block's pictures and then, in one move, its scores: where these are, all of it is."""
-    import pyarrow as pa
-    from PIL import Image
-    from pyarrow import parquet
-
-    for seed, picture in zip(judged["seed"], pictures, strict=True):
-        Image.fromarray(picture).save(picture_file(folder, int(seed)))
-    file = scores_file(folder, judged["seed"].tolist())
-    unfinished = file.with_suffix(".tmp")
-    parquet.write_table(pa.table({k: v.tolist() for k, v in judged.items()}), unfinished)
-    unfinished.replace(file)
-
-
-def picture_file(folder: Path, seed: int) -> Path:
-    """Where the picture of a seed is."""
-    return folder / "pictures" / f"{seed:08d}.png"

@@ -1,7 +1,7 @@
 """The stream of rollouts on Ray Data: a pool of samplers, rewards. One block is one micro-batch, all along.
 
-A sampler has its next micro-batches at hand, and begins one when the policy version that it asks for exists. Where samplers come
-and go, micro-batches wait for that before the pool.
+A sampler has a micro-batch at hand, and begins it when the policy version that it asks for exists. Where samplers come and go,
+micro-batches wait for that before the pool.
 """
 
 from collections.abc import Sequence
@@ -46,8 +46,10 @@ def rollouts(
             enable_true_multi_threading=threads is not None,
         )
 
-    # The first sampler there is takes as many as it may: at lag 0 a step's only two, where another sampler could have the second.
-    ahead = 1 if config.train.policy_lag == 0 and parts <= cluster.samplers else 2
+    # At lag 0 all of a step wait for its last micro-batch, and one that a sampler has at hand waits for that sampler, where
+    # another one could begin it: behind a slow one it is late by the time that this takes.
+    several = max(cluster.samplers, cluster.max_samplers or 0) > 1
+    ahead = 1 if config.train.policy_lag == 0 and several else 2
     samplers = pool(cluster.samplers, ahead=ahead, threads=THREADS)
     if cluster.max_samplers is not None:
         # Ray Data has samplers come and go by how many threads have something: nothing that has to wait must be among it.

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from pyarrow import parquet
 
-from flowbp_ray.rollouts.stages import picture_file
+from flowbp_ray.rollouts.pictures import picture_file
 from flowbp_ray.tracking.tracker import PREVIEWS, PROMPTS, preview_files
 from pipelines.report import rendered
 from pipelines.runs import BEGAN, CONFIG

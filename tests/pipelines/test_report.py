@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from flowbp_ray.config import ConfigError
-from flowbp_ray.rollouts.stages import picture_file
+from flowbp_ray.rollouts.pictures import picture_file
 from flowbp_ray.shapes.captions import TASKS
 from flowbp_ray.shapes.evaluation import Score
 from pipelines.report import html, independent, interval, read, rendered, table, write

@@ -15,8 +15,9 @@ from flowbp_ray import backbones
 from flowbp_ray.backbones.backbone import Conditioning
 from flowbp_ray.config import load
 from flowbp_ray.rollouts import embeds
+from flowbp_ray.rollouts.encoding import Encoder
+from flowbp_ray.rollouts.pictures import Painter
 from flowbp_ray.rollouts.sampler import Sampler
-from flowbp_ray.rollouts.stages import Encoder, Painter
 from flowbp_ray.training.learner import Learner
 from pipelines import align
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -205,23 +204,25 @@ def test_one_micro_batch_is_worked_on_at_a_time_and_an_error_keeps_none_of_the_o
     assert worked == [(what, number) for number in (5, 1, 7) for what in ("begin", "end")]
 
 
-def test_as_many_samplers_as_a_step_has_micro_batches_have_one_each(cluster):
-    """At lag 0 the first one there would else have both of a step, for good."""
+def test_at_lag_0_a_sampler_has_nothing_at_hand_that_another_one_could_begin(cluster):
+    """Of each step one waits until the others are sampled, which they never would be if its sampler had one of them."""
 
     class Steps:
-        """A policy store that has the next version when both micro-batches of a step are sampled."""
+        """A policy store that has the next version when a step is sampled."""
 
         def __init__(self):
             self.sampled, self.changed = [], asyncio.Condition()
 
         async def admit(self, version):
-            async with self.changed:
-                await self.changed.wait_for(lambda: len(self.sampled) >= 2 * version)
-            await asyncio.sleep(1)  # an update: ten turns of Ray Data, which may need some to see that both samplers are done
+            await self.until(4 * version)
 
-        async def done(self, number, sampler):
+        async def until(self, number):
             async with self.changed:
-                self.sampled.append((number, sampler))
+                await asyncio.wait_for(self.changed.wait_for(lambda: len(self.sampled) >= number), 60)
+
+        async def done(self, number):
+            async with self.changed:
+                self.sampled.append(number)
                 self.changed.notify_all()
 
         async def fetch(self, version):
@@ -230,22 +231,25 @@ def test_as_many_samplers_as_a_step_has_micro_batches_have_one_each(cluster):
         async def all(self):
             return self.sampled
 
-    class Telling(Sampler):
-        """Says what it has sampled."""
+    class Last(Sampler):
+        """Of a step, its second micro-batch is sampled last."""
 
         def work(self, block):
+            number = int(block["number"][0])
+            if number % 4 == 1:
+                ray.get(self.store.until.remote(number + 2))
             sampled = super().work(block)
-            ray.get(self.store.done.remote(int(block["number"][0]), os.getpid()))
+            ray.get(self.store.done.remote(number))
             return sampled
 
     store = ray.remote(Steps).options(num_cpus=0).remote()
     with streaming():
-        for _ in stream(0, store, "cluster.samplers=2", parts=2, sampler=Telling).iter_batches(batch_size=None):
+        for _ in stream(0, store, "cluster.samplers=2", parts=4, sampler=Last).iter_batches(batch_size=None):
             pass
-    by = dict(ray.get(store.all.remote()))
+    by = ray.get(store.all.remote())
     ray.kill(store)
-    assert sorted(by) == list(range(2 * (LAST + 1)))
-    assert all(by[2 * step] != by[2 * step + 1] for step in range(1, LAST + 1))  # of the first one, the first may have had both
+    assert len(by) == 4 * (LAST + 1)
+    assert [number % 4 for number in by[3::4]] == [1] * (LAST + 1)
 
 
 def test_a_train_worker_has_its_micro_batch_before_there_is_one_for_the_next(cluster):
