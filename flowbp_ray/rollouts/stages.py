@@ -1,7 +1,6 @@
 """The stages of the stream of rollouts, one class each.
 
-Ray imports this module in every process that passes a stage on, so what loads torch is imported where a model is loaded. The
-process of Ray Data's executor is one of them.
+Ray imports this module in every process that passes a stage on, so what loads torch is imported where a model is loaded.
 """
 
 import threading
@@ -14,7 +13,6 @@ import numpy as np
 import ray
 from ray import serve
 from ray.actor import ActorHandle
-from ray.data._internal.execution import streaming_executor_state as executor
 from ray.serve.handle import DeploymentHandle
 
 from flowbp_ray.config import AlignConfig
@@ -22,12 +20,6 @@ from flowbp_ray.rollouts.asking import Request
 from flowbp_ray.rollouts.batches import Block, MicroBatch
 
 REWARDS = "scoring by the reward service"
-
-#: Seconds after which Ray Data's executor looks for what is done as long as anything is not, in place of its own 0.1. What a
-#: stage has made waits for that, and once more before a train worker, and so does a sampler for its next micro-batch; at
-#: policy_lag 0 nothing else is done meanwhile. Ray has no setting for it, so its constant is set, and a test watches that the
-#: executor goes by it.
-executor.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = 0.01
 
 
 def service(application: str) -> DeploymentHandle:

@@ -1,7 +1,7 @@
 """The stream of rollouts on Ray Data: a pool of samplers, rewards. One block is one micro-batch, all along.
 
-A sampler has a micro-batch at hand, and begins it when the policy version that it asks for exists. Where samplers come and go,
-micro-batches wait for that before the pool.
+A sampler begins a micro-batch when the policy version that it asks for exists. Where samplers come and go, micro-batches wait for
+that before the pool.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from ray.train import DataConfig
 
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.stages import Admission, Rewarding, RewardStage, SamplerStage, Sampling
+from flowbp_ray.rollouts.turns import Often
 
 #: Of a process in which micro-batches wait for their policy versions, each in one. A sampler may have two that wait, and Ray has
 #: it make earlier ones again, which those wait for, if a machine is lost that had what came of them.
@@ -56,7 +57,7 @@ def rollouts(
         waiting = pool(1, ahead=THREADS, threads=THREADS)
         source = source.map_batches(Admission, fn_constructor_args=(config, store), compute=waiting, num_cpus=0.01, **whole)
         samplers = pool(cluster.samplers, cluster.max_samplers, ahead=ahead, threads=ahead)
-    return source.map_batches(
+    stream = source.map_batches(
         sampler,
         fn_constructor_args=(config, prompts, store),
         compute=samplers,
@@ -70,6 +71,9 @@ def rollouts(
         num_cpus=0.01,
         **whole,
     )
+    if config.train.policy_lag == 0:
+        stream.context.custom_execution_callback_classes = [*stream.context.custom_execution_callback_classes, Often]
+    return stream
 
 
 class InTurn(DataConfig):

@@ -16,6 +16,7 @@ from ray.data._internal.execution import streaming_executor_state as executor
 from flowbp_ray.config import load
 from flowbp_ray.rollouts.stages import Sampling
 from flowbp_ray.rollouts.stream import InTurn, rollouts
+from flowbp_ray.rollouts.turns import Often
 from pipelines.machines import SPARSE
 from pipelines.stand_ins import Pace, Reward, Sampler, paced
 
@@ -73,14 +74,15 @@ def test_a_stage_and_a_train_worker_read_what_is_sampled_where_it_lies(cluster):
     assert not any(block["copied"].any() or block["latents"].flags.writeable for block in blocks)
 
 
-def test_the_executor_looks_for_what_is_done_as_often_as_it_is_told_to(cluster):
+@pytest.mark.parametrize(("lag", "seconds"), [(0, Often.seconds), (1, 0.1)])
+def test_the_executor_looks_for_what_is_done_as_often_as_it_is_told_to(cluster, lag, seconds):
     name = "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"
     assert name in executor.process_completed_tasks.__code__.co_names  # not a copy of its value
     store = open_store()
     with streaming():
-        (iterator,) = stream(0, store).streaming_split(1)
-    there = iterator._coord_actor.__ray_call__.remote(lambda _: vars(sys.modules[executor.__name__])[name])
-    assert ray.get(there) == vars(executor)[name] < 0.1
+        (iterator,) = stream(lag, store).streaming_split(1)
+        next(iter(iterator.iter_batches(batch_size=None)))
+    assert ray.get(iterator._coord_actor.__ray_call__.remote(lambda _: vars(sys.modules[executor.__name__])[name])) == seconds
     ray.kill(store)
 
 
