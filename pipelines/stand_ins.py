@@ -4,7 +4,6 @@ Stages that sample and reward import no torch; a train worker has it from Ray Tr
 """
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,8 +55,6 @@ class Sampler(Sampling):
 
     def __init__(self, config: AlignConfig, prompts: Sequence[str], store: ActorHandle) -> None:
         super().__init__(config, store)
-        # A sampler has a machine of its own, where this one has all of them beside what orchestrates: let that go first.
-        os.nice(5)
         self.config, self.prompts, self.store, self.version = config, prompts, store, -1
 
     def work(self, block: Block) -> Block:

@@ -213,9 +213,10 @@ def test_at_lag_0_a_sampler_has_nothing_at_hand_that_another_one_could_begin(clu
         """A policy store that has the next version when a step is sampled."""
 
         def __init__(self):
-            self.sampled, self.changed = [], asyncio.Condition()
+            self.sampled, self.asked, self.changed = [], [], asyncio.Condition()
 
         async def admit(self, version):
+            self.asked.append(version)
             await self.until(4 * version)
 
         async def until(self, number):
@@ -231,7 +232,7 @@ def test_at_lag_0_a_sampler_has_nothing_at_hand_that_another_one_could_begin(clu
             return []
 
         async def all(self):
-            return self.sampled
+            return self.sampled, self.asked
 
     class Last(Sampler):
         """Of a step, its second micro-batch is sampled last."""
@@ -248,10 +249,11 @@ def test_at_lag_0_a_sampler_has_nothing_at_hand_that_another_one_could_begin(clu
     with streaming():
         for _ in stream(0, store, "cluster.samplers=2", parts=4, sampler=Last).iter_batches(batch_size=None):
             pass
-    by = ray.get(store.all.remote())
+    sampled, asked = ray.get(store.all.remote())
     ray.kill(store)
-    assert len(by) == 4 * (LAST + 1)
-    assert [number % 4 for number in by[3::4]] == [1] * (LAST + 1)
+    assert len(sampled) == 4 * (LAST + 1)
+    assert [number % 4 for number in sampled[3::4]] == [1] * (LAST + 1)
+    assert all(asked.count(version) <= 2 for version in asked)  # by each sampler once
 
 
 def test_a_train_worker_has_its_micro_batch_before_there_is_one_for_the_next(cluster):
