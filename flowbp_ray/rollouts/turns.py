@@ -12,7 +12,7 @@ class Often(ExecutionCallback):
     """Has the executor look each 0.01 s as long as anything is not done, in place of each 0.1 s.
 
     What a stage has made waits for that, once more before a train worker, and a sampler for its next micro-batch; at policy_lag 0
-    nothing else is done meanwhile. It takes up to a sixth of a core more, so it is not for streams where stages of two steps overlap.
+    nothing else is done meanwhile. It takes up to a sixth of a core more, so streams where two steps overlap have Ray's own.
     Ray has no setting for it: its constant is set in the executor's process, and a test watches that the executor goes by it.
     """
 
