@@ -49,8 +49,7 @@ def rollouts(
 
     # At lag 0 all of a step wait for its last micro-batch, and one that a sampler has at hand waits for that sampler, where
     # another one could begin it: behind a slow one it is late by the time that this takes.
-    several = max(cluster.samplers, cluster.max_samplers or 0) > 1
-    ahead = 1 if config.train.policy_lag == 0 and several else 2
+    ahead = 1 if config.train.policy_lag == 0 and cluster.samplers > 1 else 2
     samplers = pool(cluster.samplers, ahead=ahead, threads=THREADS)
     if cluster.max_samplers is not None:
         # Ray Data has samplers come and go by how many threads have something: nothing that has to wait must be among it.
