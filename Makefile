@@ -39,8 +39,10 @@ check: .venv/ready ## ruff and mypy
 	$(BIN)/mypy
 
 ui: .venv/ready ## the MLflow UI on this machine's runs
-	mkdir -p $$HOME/.flowbp_ray
-	$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$$HOME/.flowbp_ray/mlflow.db}"
+	@case "$$MLFLOW_TRACKING_URI" in \
+	http*) echo "MLFLOW_TRACKING_URI is a server, which has the UI itself: $$MLFLOW_TRACKING_URI";; \
+	*) mkdir -p $$HOME/.flowbp_ray && \
+	$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$$HOME/.flowbp_ray/mlflow.db}";; esac
 
 clean: ## remove .venv and everything built; keeps the committed models
 	rm -rf .venv .build shapes.png .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -1,6 +1,7 @@
 """How long a step cannot take less than, from what a micro-batch takes in each stage and how many processes each has."""
 
 import heapq
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,18 +15,19 @@ class Pools:
     workers: int
 
 
-def alone(sampling: Sequence[float], reward: float, update: float, pools: Pools) -> float:
+def alone(sampling: Sequence[float], reward: float, update: float, pools: Pools, *, in_order: bool = True) -> float:
     """Seconds of one step by itself, as at policy_lag 0: its micro-batches go through all stages one after the other, each as
-    soon as it can. ``sampling`` has each one's seconds; the other stages take the same for all."""
+    soon as it can, which is not before those that come before it if they are handed on in order, and else when it is sampled.
+    ``sampling`` has each one's seconds; the other stages take the same for all."""
     samplers, replicas, workers = ([0.0] * number for number in (pools.samplers, pools.replicas, pools.workers))
     sampled = []
     for seconds in sampling:
         sampled.append(heapq.heappop(samplers) + seconds)
         heapq.heappush(samplers, sampled[-1])
-    for part, ready in enumerate(sampled):
+    for part, ready in enumerate(itertools.accumulate(sampled, max) if in_order else sorted(sampled)):
         rewarded = max(ready, heapq.heappop(replicas)) + reward
         heapq.heappush(replicas, rewarded)
-        rank = part % pools.workers  # whose each is depends on the order alone
+        rank = part % pools.workers  # the one that has nothing to do, or is the first to have nothing
         workers[rank] = max(workers[rank], rewarded) + update
     return max(workers)
 

@@ -2,6 +2,7 @@
 
     python -m pipelines.encode_prompts my.yaml --output embeds
     python -m pipelines.align my.yaml prompts.embeds=embeds
+    python -m pipelines.encode_prompts configs/flux1/sparse_adapter.yaml configs/placement/gpu80.yaml --output embeds …
 
 On this machine or on the cluster of RAY_ADDRESS, by cluster.samplers processes. What is in the folder is not encoded again: the
 same command goes on where it stopped, and adds the prompts of another recipe for the same model.
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 
 from flowbp_ray.config import AlignConfig, ConfigError, load, paths
-from pipelines import check_lasts, refuse
+from pipelines import check_lasts, files_and_overrides, refuse
 
 
 def arguments() -> argparse.Namespace:
@@ -23,10 +24,12 @@ def arguments() -> argparse.Namespace:
         prog="python -m pipelines.encode_prompts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", type=Path, help="a YAML file, as for align; its model and all its prompts are taken")
-    parser.add_argument("overrides", nargs="*", metavar="section.setting=value", help="what to change in it")
+    parser.add_argument("changes", nargs="*", metavar="file | section.setting=value", help="what to change in it")
     parser.add_argument("--output", type=Path, required=True, help="the folder, which all machines of a cluster have to share")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what is to be encoded, and start nothing")
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    args.more, args.overrides = files_and_overrides(args.changes)
+    return args
 
 
 def main() -> None:
@@ -34,7 +37,7 @@ def main() -> None:
     args = arguments()
     try:
         # The folder may be in the recipe already, before it is there.
-        config = load(args.config, [*args.overrides, "prompts.embeds=null"])
+        config = load(args.config, [*args.overrides, "prompts.embeds=null"], args.more)
         folder = paths.folder_to_be(paths.absolute(args.output))
         check_lasts("--output", folder)
         from pipelines import quiet_libraries
@@ -48,7 +51,7 @@ def main() -> None:
             return
         from flowbp_ray.rollouts import embeds
         from pipelines.causes import reason
-        from pipelines.session import cluster
+        from pipelines.session import cluster, unused
 
         prompts = embeds.wanted(config)
         missing = embeds.start(config, folder).missing(prompts)
@@ -58,18 +61,18 @@ def main() -> None:
         sys.exit("\ninterrupted: nothing was started")
     try:
         if missing:
-            # Nobody trains or scores meanwhile, so nothing has to be free for that.
-            others = dict.fromkeys(("trainer_cpus", "trainer_gpus", "reward_cpus", "reward_gpus"), 0.0)
-            with cluster(config.model_copy(update={"cluster": config.cluster.model_copy(update=others)})):
+            with cluster(unused(config, "trainer", "reward")):
                 signal.signal(signal.SIGTERM, interrupt)  # `ray job stop`; from now on, since ray.init takes it for itself
                 encode(config, folder, missing)
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted: nothing runs any more; the same command goes on from what is in {folder}")
+    except ConfigError as error:  # of what the cluster is
+        refuse(error)
     except Exception as error:  # the boundary to the user, as in align
         sys.exit(f"\nstopped: {reason(error)}\nthe same command goes on from what is in {folder}")
     size = sum(f.stat().st_size for f in folder.glob("*.parquet")) / 2**20
     print(f"encoded {len(missing):,} prompts, {len(prompts) - len(missing):,} were there; {folder} has {size:,.1f} MiB")
-    given = shlex.join([str(args.config), *args.overrides, f"prompts.embeds={folder}"])
+    given = shlex.join([*map(str, (args.config, *args.more)), *args.overrides, f"prompts.embeds={folder}"])
     print(f"next     python -m pipelines.align {given}")
 
 

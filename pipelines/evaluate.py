@@ -23,7 +23,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowbp_ray.config import AlignConfig, ConfigError, dump, load
+from flowbp_ray.config import AlignConfig, ConfigError, dump, load, settings
 from flowbp_ray.config.reward import RewardComponent
 from flowbp_ray.files import digest
 from flowbp_ray.rollouts.prompts import pictured
@@ -75,13 +75,13 @@ def main() -> None:
                 print(f"{pictures} pictures to {folder}. Nothing was started.")
                 return
             from pipelines.causes import reason
-            from pipelines.session import cluster
+            from pipelines.session import cluster, unused
         except (ConfigError, ValueError, OSError) as error:
             refuse(error)
         except KeyboardInterrupt:
             sys.exit("\ninterrupted: nothing was started")
         try:
-            with cluster(config):
+            with cluster(unused(config, "trainer")):
                 signal.signal(signal.SIGTERM, interrupt)
                 result = evaluated(config, adapter, folder, pictures)
             finish(config, folder, [result, *beside])
@@ -117,16 +117,18 @@ def tracked(args: argparse.Namespace, scratch: Path) -> tuple[AlignConfig, Path,
     """What an MLflow run or a registered model has."""
     from flowbp_ray.tracking import registry
 
-    uri = store_of(args.overrides)
+    uri = store_of(args)
     found = registry.find(uri, args.adapter)
     config, adapter = found.fetch(scratch)
     return load(config, [*args.overrides, f"tracking.uri={uri}"], args.files), adapter, found.run_id[:8]
 
 
-def store_of(overrides: list[str]) -> str:
-    """The tracking URI of a command line, before there is a configuration."""
-    given = [o.partition("=")[2] for o in overrides if o.startswith("tracking.uri=")]
-    return tracking_uri(given[-1] if given else None)
+def store_of(args: argparse.Namespace) -> str:
+    """The tracking URI of a command line, before there is the configuration of what it names."""
+    match settings(args.files, args.overrides):
+        case {"tracking": {"uri": str(uri)}}:
+            return tracking_uri(uri)
+    return tracking_uri(None)
 
 
 def prepared(config: AlignConfig, adapter: Path | None, name: str, output: Path | None, *, make: bool = True) -> Path:

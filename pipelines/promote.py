@@ -66,13 +66,13 @@ def main() -> None:
             check_rewards(config)
             folders = [evaluate.prepared(config, side.adapter, side.name, None) for side in sides]
             from pipelines.causes import reason
-            from pipelines.session import cluster
+            from pipelines.session import cluster, unused
         except (ConfigError, ValueError, OSError) as error:
             refuse(error)
         except KeyboardInterrupt:
             sys.exit("\ninterrupted: nothing was started")
         try:
-            with cluster(config):
+            with cluster(unused(config, "trainer")):
                 signal.signal(signal.SIGTERM, interrupt)
                 pictures = sum(map(len, pictured(config).values()))
                 theirs, ours = (
@@ -101,7 +101,7 @@ def contest(
 
     if not args.version.startswith("models:/"):
         raise ConfigError(f"{args.version!r} is no version of a registered model: write models:/NAME/VERSION")
-    uri = evaluate.store_of(args.overrides)
+    uri = evaluate.store_of(args)
     found = registry.find(uri, args.version)
     candidate = found.version
     assert candidate is not None

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import ray
 from ray import serve
@@ -93,6 +94,12 @@ def blind_to(folder: Path, machines: Mapping[str, str]) -> list[str]:
         at = [NodeAffinitySchedulingStrategy(node, soft=False) for node in machines.values()]
         seen = ray.get([sees.options(scheduling_strategy=place).remote(probe.name) for place in at])
     return [name for name, there in zip(machines, seen, strict=True) if not there]
+
+
+def unused(config: AlignConfig, *kinds: Literal["trainer", "reward"]) -> AlignConfig:
+    """The configuration without what processes of these kinds reserve: nothing has to be free for what is not started."""
+    nothing = {f"{kind}_{what}": 0.0 for kind in kinds for what in ("cpus", "gpus")}
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update=nothing)})
 
 
 @contextlib.contextmanager

@@ -97,6 +97,8 @@ def measure(args: argparse.Namespace, store: Path) -> None:
         try:
             with cluster(config):
                 outcome = align(config, store / f"lag{lag}")
+        except ConfigError as error:  # of what the cluster is
+            refuse(error)
         except Exception as error:  # the boundary to the user, as in align
             sys.exit(f"\nstopped at policy_lag {lag}: {reason(error)}")
         lines.append(row(lag, {s: statistics.median(outcome.seconds[s][FIRST:]) for s in (*STAGES, *WEIGHTS, "step")}))

@@ -145,7 +145,10 @@ class Rewards:
         ValueError for a shape that the decoder does not take; DeadRewardError, naming the component and the prompts, where
         a score or the gradient is not finite.
         """
-        parts: list[Part] = [replace(c, weight=(weights or {}).get(c.name, c.weight)) for c in self.components]
+        if weights is None:
+            weights = {c.name: c.weight for c in self.components}
+        # An asker need not know of all that is served here: what it gives no weight is scored, and no part of its objective.
+        parts: list[Part] = [replace(c, weight=weights.get(c.name, 0.0)) for c in self.components]
         answer = objective(self._checked(latents, prompts), prompts, self._decode, parts)
         return {
             "components": {name: array(values) for name, values in answer.components.items()},

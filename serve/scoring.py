@@ -29,6 +29,7 @@ from serve.guard import Guarded, bearer, body, entitled, parsed, token
 
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG"}
 MOST = 64  # pictures of a request
+NARROWEST = 8  # times as long as wide: rewards' models resize by the shorter side, so what is narrower takes any memory
 
 Prompt = Annotated[str, Field(min_length=1, max_length=10_000)]
 
@@ -109,11 +110,16 @@ def decoded(text: str, number: int) -> bytes:
 
 
 def opened(file: bytes, number: int, most: int) -> np.ndarray:
-    """The picture uint8 ``(H, W, 3)`` of a PNG or JPEG; 400 if it is none, 413 if it has more pixels, which are not decoded."""
+    """The picture uint8 ``(H, W, 3)`` of a PNG or JPEG; 400 if it is none, or as good as a line, 413 if it has more pixels. Of
+    these two nothing is decoded."""
     try:
         with Image.open(io.BytesIO(file), formats=tuple(FORMATS.values())) as image:
             if image.width * image.height > most:
                 raise HTTPException(413, f"picture {number} has {image.width}×{image.height} pixels: too many for one request")
+            if max(image.size) > NARROWEST * min(image.size):
+                raise HTTPException(
+                    400, f"picture {number} has {image.width}×{image.height} pixels: at most {NARROWEST} times as long as wide"
+                )
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for broken files
         raise HTTPException(400, f"picture {number} is no whole PNG or JPEG") from error

@@ -4,7 +4,7 @@ Nothing here imports torch or ray, so that a mistake is answered before they are
 """
 
 from flowbp_ray.config.errors import ConfigError
-from flowbp_ray.config.load import dump, load
+from flowbp_ray.config.load import dump, load, settings
 from flowbp_ray.config.schema import AlignConfig
 
-__all__ = ["AlignConfig", "ConfigError", "dump", "load"]
+__all__ = ["AlignConfig", "ConfigError", "dump", "load", "settings"]

@@ -18,20 +18,26 @@ def load(path: Path, overrides: Sequence[str], more: Sequence[Path] = ()) -> Ali
 
     Values are read as YAML; ``reward.components.0.weight=2`` reaches into a list. ConfigError if any of it is wrong.
     """
-    data = _read(path)
-    for other in more:
-        data = _merged(data, _read(other))
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not all(key.split(".")):
-            raise ConfigError(f"{override!r} is no override: write section.setting=value, as in train.steps=20")
-        data = _changed(data, key.split("."), _parse(value, repr(override)), override)
+    data = settings([path, *more], overrides)
     try:
         return AlignConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(sentences(error, AlignConfig)) from error
     except OSError as error:  # of a path in it: no permission, too long a name
         raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def settings(files: Sequence[Path], overrides: Sequence[str]) -> dict[Any, Any]:
+    """What files and overrides say, as `load` puts them together, whatever it is. ConfigError where they cannot be read."""
+    data: dict[Any, Any] = {}
+    for file in files:
+        data = _merged(data, _read(file))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"{override!r} is no override: write section.setting=value, as in train.steps=20")
+        data = _changed(data, key.split("."), _parse(value, repr(override)), override)
+    return data
 
 
 def dump(config: AlignConfig) -> str:

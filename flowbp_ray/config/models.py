@@ -27,6 +27,7 @@ def check_models(config: AlignConfig) -> None:
     source = Path(config.model.source)
     if source.is_absolute():
         check_pipeline(source, texts=config.prompts.embeds is None)
+        check_settings(config, source)
         if config.cluster.attention and _json(source / paths.MODEL_INDEX)["_class_name"] == FAMILIES[0]:
             raise ValueError(f"cluster.attention: diffusers has no choice of backends for a {FAMILIES[0]}; set it to null")
     if config.adapter and config.adapter.init_from:
@@ -50,6 +51,29 @@ def check_pipeline(folder: Path, *, texts: bool = True) -> None:
             raise ValueError(f"{folder} has no {part}, which its {paths.MODEL_INDEX} names: copy the whole model")
         if part.startswith(("transformer", "vae", "text_encoder")):
             headers(folder / part)
+
+
+def check_settings(config: AlignConfig, model: Path) -> None:
+    """ValueError for sizes, guidance or adapter targets that do not go with a pipeline's model."""
+    sampling, adapter = config.sampling, config.adapter
+    token = 2 ** len(_json(model / "vae" / "config.json").get("block_out_channels", ()))  # 2×2 latents in every family
+    if sampling.height % token or sampling.width % token:
+        raise ValueError(
+            f"sampling.height and sampling.width are {sampling.height} and {sampling.width}: {model} makes sizes that are "
+            f"multiples of {token}"
+        )
+    if config.surrogate.compensate_guidance and _json(model / paths.MODEL_INDEX)["_class_name"] == FAMILIES[1]:
+        raise ValueError(
+            f"surrogate.compensate_guidance is true, but guidance is an input of the transformer of a {FAMILIES[1]} and no "
+            "factor of its velocity: set it to false"
+        )
+    shapes = headers(model / "transformer")
+    linears = [name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2]
+    for target in (adapter and adapter.targets) or ():
+        if not any(f".{name}".endswith(f".{target}") for name in linears):
+            raise ValueError(
+                f"the adapter target {target!r} binds no linear module of {model}; it has, for example, {', '.join(linears[:3])}"
+            )
 
 
 def headers(folder: Path) -> dict[str, list[int]]:

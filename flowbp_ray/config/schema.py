@@ -115,6 +115,12 @@ class AlignConfig(Section):
                 f"model.revision is {self.model.revision!r} but model.path is {self.model.path}, which is on this machine: "
                 "only a Hugging Face id has revisions, so remove one"
             )
+        if train.workers > 1 and 0 < self.cluster.trainer_gpus <= 0.5:
+            wrong.append(
+                f"cluster.trainer_gpus is {self.cluster.trainer_gpus:g} and train.workers {train.workers}: Ray fills one GPU "
+                "before it takes the next, so two of them would be on one, which NCCL refuses; give each more than half of one, "
+                "or use one worker"
+            )
         if self.cluster.max_samplers is not None and train.policy_lag == 0:
             wrong.append(
                 f"cluster.max_samplers is {self.cluster.max_samplers}, but train.policy_lag is 0: no sampler has work while one "

@@ -13,7 +13,7 @@ from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
 from flowbp_ray.errors import DeadRewardError
@@ -119,6 +119,8 @@ class Request:
                     failures.append(f"its application is gone, and was not started again within {BACK_WITHIN:g} s")
                     raise GivenUpError(self._said(failures)) from None
                 time.sleep(1)
+            except RequestCancelledError:
+                raise  # nobody waits for the answer any more
             except RayServeException as error:
                 failures.append(f"no replica takes it: {error}")
                 complete = False

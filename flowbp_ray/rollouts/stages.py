@@ -72,30 +72,27 @@ class Admission:
         return block
 
 
-class InOrder(Timed):
-    """Works on the first by number of the micro-batches that it was given, one at a time; each is there in a thread of its own.
+class Sampling(Timed):
+    """Works on the first by number of the micro-batches that it was given whose policy version exists, one at a time; each is
+    there, as the one row of ``number``, in a thread of its own.
 
     An actor's tasks begin in any order. What comes of a stage is handed on in order: one that is late keeps all behind it.
     """
 
-    def __init__(self) -> None:
+    name = "sampling"
+
+    def __init__(self, config: AlignConfig, store: ActorHandle) -> None:
+        self.admission = Admission(config, store)
         self.given: list[int] = []
         self.changed, self.turn = threading.Condition(), threading.Lock()
 
-    @abstractmethod
-    def number(self, block: Block) -> int:
-        """Of a block's micro-batch, in a run's order."""
-
-    def admit(self, block: Block) -> None:
-        """Wait for what work on it needs; others do not wait for that, unless they come after it."""
-
     def __call__(self, block: Block) -> Block:
         """As `Timed`, in turn."""
-        number = self.number(block)
+        number = int(block["number"][0])
         with self.changed:
             self.given.append(number)
         try:
-            self.admit(block)
+            self.admission(block)  # others do not wait for that, unless they come after it
             with self.changed:
                 self.changed.wait_for(lambda: number == min(self.given))
             with self.turn:
@@ -106,36 +103,10 @@ class InOrder(Timed):
                 self.changed.notify_all()
 
 
-class Sampling(InOrder):
-    """Works on a micro-batch, whose number is the one row of ``number``, when its policy version exists."""
-
-    name = "sampling"
-
-    def __init__(self, config: AlignConfig, store: ActorHandle) -> None:
-        super().__init__()
-        self.admission = Admission(config, store)
-
-    def number(self, block: Block) -> int:
-        """As it was given."""
-        return int(block["number"][0])
-
-    def admit(self, block: Block) -> None:
-        """Wait for its policy version."""
-        self.admission(block)
-
-
-class Rewarding(InOrder):
+class Rewarding(Timed):
     """Gives a micro-batch its rewards."""
 
     name = "reward"
-
-    def __init__(self, config: AlignConfig) -> None:
-        super().__init__()
-        self.parts = config.train.batch // config.train.micro_batch
-
-    def number(self, block: Block) -> int:
-        """By its step and its part of that."""
-        return int(block["step"][0]) * self.parts + int(block["part"][0])
 
 
 class SamplerStage(Sampling):
@@ -157,7 +128,6 @@ class RewardStage(Rewarding):
     """Asks the reward service: one request a reward input, with the whole micro-batch."""
 
     def __init__(self, config: AlignConfig, application: str) -> None:
-        super().__init__(config)
         self.config, self.service = config, service(application)
 
     def work(self, block: Block) -> Block:

@@ -66,7 +66,7 @@ def rollouts(
     ).map_batches(
         reward,
         fn_constructor_args=(config, application),
-        compute=pool(cluster.rewards.most, ahead=4, threads=4),
+        compute=pool(cluster.rewards.most, ahead=4),
         num_cpus=0.01,
         **whole,
     )

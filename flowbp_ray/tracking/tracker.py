@@ -174,8 +174,8 @@ class Tracker:
             self.not_before = 0.0
         if self.waiting:
             raise RuntimeError(
-                f"MLflow at {self.run.info()['page']} does not answer, so {len(self.waiting)} entries are in {self.folder} alone:"
-                " the same command sends them"
+                f"MLflow at {self.run.info()['page']} does not take {len(self.waiting)} entries, which are in {self.folder} "
+                f"alone: the same command sends them, when what it said is mended: {self.problem}"
             )
 
     def _later(self, send: Callable[..., object], *arguments: Any) -> None:
@@ -186,12 +186,13 @@ class Tracker:
         while self.waiting and time.monotonic() >= self.not_before:
             try:
                 self.waiting[0]()
-            except (MlflowException, OSError) as error:
+            except Exception as error:  # stores of artifacts have libraries of their own, which raise what they like
                 if isinstance(error, MlflowException) and error.error_code == GONE:
                     raise
                 self.not_before = time.monotonic() + AGAIN
-                said = f"MLflow takes nothing at the moment; training goes on, and what it is owed is sent later: {error}"
-                self.warned += [s for s in [masked(said.splitlines()[0][:300])] if s not in self.warned]
+                self.problem = masked(f"{type(error).__name__}: {error}".splitlines()[0][:300])
+                said = f"MLflow takes nothing at the moment; training goes on, and what it is owed is sent later: {self.problem}"
+                self.warned += [said] if said not in self.warned else []
                 break
             self.waiting.popleft()
         return len(self.waiting)

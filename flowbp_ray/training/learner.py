@@ -140,20 +140,26 @@ class Learner:
         return self.averaged if self.config.evaluation.weights == "ema" else self.weights.read()
 
     def preview(self, prompts: list[str], seeds: list[int]) -> Tensor:
-        """Finished latents ``(B, C, h, w)`` by what would be exported; the trained weights are as before afterwards."""
-        sampling = self.config.sampling
+        """Finished latents ``(B, C, h, w)`` by what would be exported, a micro-batch at a time, for which there is room; the
+        trained weights are as before afterwards."""
+        sampling, size = self.config.sampling, self.config.train.micro_batch
         with self.weights.replaced(self.evaluated()):
             if self.config.adapter:
                 self.backbone.transformer.set_adapters("default", self.config.adapter.export_strength)
             try:
-                return self.backbone.sample_latents(
-                    prompts,
-                    seeds,
-                    steps=sampling.steps,
-                    guidance_scale=sampling.guidance_scale,
-                    height=sampling.height,
-                    width=sampling.width,
-                    kind=sampling.grid,
+                return torch.cat(
+                    [
+                        self.backbone.sample_latents(
+                            prompts[start : start + size],
+                            seeds[start : start + size],
+                            steps=sampling.steps,
+                            guidance_scale=sampling.guidance_scale,
+                            height=sampling.height,
+                            width=sampling.width,
+                            kind=sampling.grid,
+                        )
+                        for start in range(0, len(prompts), size)
+                    ]
                 )
             finally:
                 if self.config.adapter:

@@ -32,6 +32,7 @@ def test_the_jobs_command_is_one_that_align_takes(tmp_path):
     files, overrides = files_and_overrides(given)
     for name in ("prompts.txt", "evaluation.txt"):
         (tmp_path / name).write_text("a cat\n")
+    (tmp_path / "embeds").mkdir()
     config = load(ROOT / files[0], [o.replace("/shared", str(tmp_path)) for o in overrides], [ROOT / f for f in files[1:]])
     assert config.output == tmp_path / "runs"
     needed = config.reserved()

@@ -191,6 +191,11 @@ def test_all_that_is_wrong_is_said_at_once(good):
     assert len(refusal(good, "train.batch=20", "sampling.steps=2", "model.revision=x").splitlines()) == 3
 
 
+def test_two_train_workers_are_never_on_one_gpu(good):
+    message = refusal(good, "train.workers=2", "train.batch=32", "cluster.trainer_gpus=0.5")
+    assert message.startswith("cluster.trainer_gpus is 0.5 and train.workers 2: Ray fills one GPU before it takes the next")
+
+
 def test_guidance_that_is_off_cannot_be_compensated(good):
     message = refusal(good, "surrogate.compensate_guidance=true", "sampling.guidance_scale=1")
     assert message.startswith("surrogate.compensate_guidance is true but at sampling.guidance_scale 1.0 there is no guidance")

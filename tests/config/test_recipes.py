@@ -40,6 +40,9 @@ def test_a_recipe_resolves_and_plans(recipe, prompts):
         assert (config.adapter is not None) == recipe.stem.endswith("_adapter")
         gpus = {None: 8, "cluster": 16}.get(placement and placement.stem, 1)
         assert config.reserved()["GPU"] == pytest.approx(gpus)
+        cluster = config.cluster
+        if gpus > 1:  # Ray puts parts of GPUs onto as few as it can, so only whole ones are where they are meant to be
+            assert all(part == round(part) for part in (cluster.sampler_gpus, cluster.trainer_gpus, cluster.reward_gpus))
         for height, width in SIZES:
             assert load(recipe, [*prompts, f"sampling.height={height}", f"sampling.width={width}"]).sampling.height == height
     for step in range(20):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from flowbp_ray.config import load
 from flowbp_ray.training.learner import Learner
-from pipelines import alignment, runs
+from pipelines import alignment, attempts, runs
 from pipelines.alignment import align
 from pipelines.causes import lost, reason
 
@@ -80,7 +80,7 @@ def undisturbed(cluster, tmp_path_factory):
 
 def interrupted(config, folder, step, monkeypatch):
     """An alignment with Ctrl-C as soon as a step has its checkpoint."""
-    look = alignment.look
+    look = attempts.look
 
     def watched(bar, tracker, said):
         if runs.Kept(config, folder).steps > step:
@@ -88,7 +88,7 @@ def interrupted(config, folder, step, monkeypatch):
         return look(bar, tracker, said)
 
     with monkeypatch.context() as patched:
-        patched.setattr(alignment, "look", watched)
+        patched.setattr(attempts, "look", watched)
         with pytest.raises(KeyboardInterrupt):
             align(config, folder)
 
@@ -169,7 +169,7 @@ def test_other_numbers_of_workers_and_samplers_go_on_to_the_same_weights_from_ch
     folder.mkdir()
     there, place = fs.FileSystem.from_uri(bucket)
     last = Path(runs.Kept(config, folder).newest.path).name
-    for name in alignment.IDENTITY:
+    for name in attempts.IDENTITY:
         fs.copy_files(f"{place}/run/{last}/{name}", str(folder / name), source_filesystem=there)
     assert runs.unfinished(config, tmp_path.glob("*")) == folder
     align(config, folder)
@@ -190,7 +190,7 @@ def test_samplers_come_and_go_and_the_weights_are_the_same(cluster, tmp_path, mo
         components = f'reward.components=[{{name: own, kind: function, path: "odd_rewards:{by}", weight: 1}}]'
         return components, "train.micro_batch=1", "train.steps=5"
 
-    config, seen, look = configured(tmp_path, "cluster.max_samplers=3", *rewarded("slow")), [], alignment.look
+    config, seen, look = configured(tmp_path, "cluster.max_samplers=3", *rewarded("slow")), [], attempts.look
 
     def watched(bar, tracker, said):
         if runs.Kept(config, tmp_path / "run").steps < 3:  # then the last step is sampled, and nobody is needed any more
@@ -198,8 +198,8 @@ def test_samplers_come_and_go_and_the_weights_are_the_same(cluster, tmp_path, mo
         return look(bar, tracker, said)
 
     with monkeypatch.context() as patched:
-        patched.setattr(alignment, "look", watched)
-        patched.setattr(alignment, "PATIENCE", 0)
+        patched.setattr(attempts, "look", watched)
+        patched.setattr(attempts, "PATIENCE", 0)
         align(config, tmp_path / "run")
     most = seen.index(max(seen))
     assert 1 < seen[most] > min(seen[most:]) >= 1, seen
@@ -239,7 +239,7 @@ def test_without_retries_a_lost_train_worker_ends_the_run_with_a_sentence_and_th
 ):
     outcome, wanted = undisturbed
     config, folder = configured(tmp_path, "train.retries=0"), tmp_path / "run"
-    look, free = alignment.look, ray.available_resources()["CPU"]
+    look, free = attempts.look, ray.available_resources()["CPU"]
 
     def watched(bar, tracker, said):
         if runs.Kept(config, folder).steps == 1:
@@ -248,7 +248,7 @@ def test_without_retries_a_lost_train_worker_ends_the_run_with_a_sentence_and_th
         return look(bar, tracker, said)
 
     with monkeypatch.context() as patched:
-        patched.setattr(alignment, "look", watched)
+        patched.setattr(attempts, "look", watched)
         with pytest.raises(Exception, match=r".") as caught:
             align(config, folder)
     assert lost(caught.value)

@@ -28,6 +28,8 @@ def test_bounds_of_the_cases():
     assert Case("balanced", 1, 1, 1, 1, 0, 1.0).bound(0, range(2, 6)) == 8 + 0.25 + 1
     late = Case("stragglers", 16, 16, 16, 16, 1, 1.0, stragglers=0.5).bound(0, range(2, 6))
     assert 10 < late < 14
+    case = Case("stragglers", 16, 8, 2, 16, 0, 1.0, stragglers=0.1)
+    assert case.bound(0, range(2, 6)) > case.bound(0, range(2, 6), in_order=False) > 11.0
 
 
 @pytest.mark.drill

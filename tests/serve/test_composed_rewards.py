@@ -78,9 +78,10 @@ def test_three_rewards_in_three_places_give_the_whole_graphs_gradient(rewards, l
 
 def test_weights_are_the_requests(rewards, latents):
     answer = ask(rewards, "score", latents, PROMPTS, {"preference": 0.0, "sharp": 3.0})
-    value, gradient = whole_graph(latents, PROMPTS, (0.0, 3.0, 2.0))
+    value, gradient = whole_graph(latents, PROMPTS, (0.0, 3.0, 0.0))
     assert relative(answer["objective"], value) < 1e-5
     assert relative(answer["gradient"], gradient) < 1e-4
+    assert "bright" in answer["components"]  # scored, but an asker that does not know of it has it not in its objective
     nothing = ask(rewards, "score", latents, PROMPTS, {"preference": 0.0, "sharp": 0.0, "bright": 0.0})
     assert not nothing["gradient"].any()
 

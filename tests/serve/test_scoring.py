@@ -38,6 +38,15 @@ def test_a_picture_with_more_pixels_than_are_left_is_not_decoded():
     assert found.value.status_code == 413
 
 
+@pytest.mark.parametrize("size", [(9, 1), (8, 65)])
+def test_what_is_as_good_as_a_line_is_not_decoded(size):
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, "PNG")
+    with pytest.raises(HTTPException, match="at most 8 times as long as wide") as found:
+        opened(buffer.getvalue()[:60], 0, 10**6)
+    assert found.value.status_code == 400
+
+
 def test_base64_with_and_without_the_head_of_a_data_url():
     text = base64.b64encode(file()).decode()
     assert decoded(text, 0) == decoded(f"data:image/png;base64,{text}", 0) == file()

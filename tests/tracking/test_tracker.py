@@ -87,16 +87,20 @@ def test_another_one_goes_on_where_it_was(make):
     assert {"plans.txt", "warnings.txt"} <= artifacts
 
 
+class BucketError(Exception):
+    """As of a store of artifacts, whose library has errors of its own."""
+
+
 class Down:
     """A server that answers again after some calls."""
 
-    def __init__(self, client, calls):
-        self.client, self.calls = client, calls
+    def __init__(self, client, calls, error=MlflowException):
+        self.client, self.calls, self.error = client, calls, error
 
     def __getattr__(self, name):
         self.calls -= 1
         if self.calls >= 0:
-            raise MlflowException("API request failed: connection refused")
+            raise self.error("API request failed: connection refused")
         return getattr(self.client, name)
 
 
@@ -111,11 +115,12 @@ def test_a_line_that_was_being_written_is_no_line(make):
     assert history(make(), "objective") == [(0, 1.0), (1, 2.0)]
 
 
-def test_training_goes_on_while_mlflow_does_not_answer_and_what_it_missed_is_sent_later(make, monkeypatch):
+@pytest.mark.parametrize("error", [MlflowException, BucketError])
+def test_training_goes_on_while_mlflow_does_not_answer_and_what_it_missed_is_sent_later(make, monkeypatch, error):
     monkeypatch.setattr("flowbp_ray.tracking.tracker.AGAIN", 0.0)
     one = make()
     one.metrics({"objective": 0.0}, 0)
-    one.run._client = Down(one.run._client, 3)
+    one.run._client = Down(one.run._client, 3, error)
     for step in (1, 2):
         one.metrics({"objective": float(step)}, step)
     one.previews(["a red ring"], pictures(3)[:1], 2)
@@ -133,7 +138,7 @@ def test_what_mlflow_never_got_is_kept_and_said(make, monkeypatch):
     one = make()
     one.run._client = Down(one.run._client, 10**6)
     one.metrics({"objective": 1.0}, 0)
-    with pytest.raises(RuntimeError, match=r"does not answer, so 2 entries are in .* alone: the same command sends them"):
+    with pytest.raises(RuntimeError, match=r"does not take 2 entries, which are in .* alone: .*connection refused"):
         one.finish("FINISHED")
     again = make()
     again.finish("FINISHED")
