@@ -26,7 +26,7 @@ def tracking_uri(configured: str | None) -> str:
 
 
 def check_server(configured: str | None) -> None:
-    """OSError if the tracking URI is a server's, and that does not answer."""
+    """OSError if the tracking URI is a server's, and that does not answer, or refuses."""
     uri = tracking_uri(configured)
     if _scheme(uri) not in SERVERS:
         return
@@ -34,11 +34,18 @@ def check_server(configured: str | None) -> None:
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    try:  # as MLflow itself asks, with passwords, certificates and tokens
-        http_request(get_default_host_creds(uri), "/health", "GET", max_retries=0, timeout=10, raise_on_status=False)
+    asked = {"json": {"max_results": 1}, "max_retries": 0, "timeout": 10, "raise_on_status": False}
+    try:  # as MLflow itself asks, with passwords, certificates and tokens; /health answers those too who are refused
+        answer = http_request(get_default_host_creds(uri), "/api/2.0/mlflow/experiments/search", "POST", **asked)
     except (MlflowException, OSError) as error:
         why = masked(str(error).splitlines()[0])
         raise OSError(f"the MLflow server {masked(uri)} does not answer ({why}): start it, or set tracking.uri") from None
+    if answer.status_code >= 400:
+        why = (answer.text.splitlines() or [""])[0][:200]
+        raise OSError(
+            f"the MLflow server {masked(uri)} refuses ({answer.status_code} {why}): start it with this name among its "
+            "--allowed-hosts, give the password that it asks for, or set tracking.uri"
+        )
 
 
 def masked(text: str) -> str:

@@ -1,4 +1,4 @@
-"""A real MLflow server that is killed in the middle of a run and comes back."""
+"""A real MLflow server: one that is killed in the middle of a run and comes back, and one that goes by another name."""
 
 import os
 import signal
@@ -22,13 +22,14 @@ CONFIG = {"model": {"path": "shapes"}, "surrogate": {"method": "sparse"}, "track
 
 
 class Server:
-    def __init__(self, folder):
+    def __init__(self, folder, *more):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
         self.command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
         self.command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts"]
+        self.command += more
         self.start()
 
     def start(self):
@@ -82,3 +83,12 @@ def test_training_goes_on_without_it_and_it_gets_every_point_once_in_the_end(ser
     assert {f.path.split("+")[2] for f in client.list_artifacts(one.run.run_id, "images")} == {"0", "4", "8"}
     assert client.get_run(one.run.run_id).info.status == "FINISHED"
     assert len(one.warnings()) >= 1
+
+
+def test_a_server_that_refuses_this_name_is_no_server(tmp_path):
+    other = Server(tmp_path, "--allowed-hosts", "mlflow.example.org:5000")
+    with pytest.raises(
+        OSError, match=r"the MLflow server http://127.0.0.1:\d+ refuses \(403 Invalid Host.*--allowed-hosts"
+    ):
+        check_server(other.uri)
+    other.kill()
