@@ -40,7 +40,7 @@ def settings() -> Iterator[list[str]]:
     for number in ("train.steps", "train.batch", "train.learning_rate", "sampling.steps", "evaluation.per_task", "adapter.rank"):
         yield from ([f"{number}={value}"] for value in ("0", "-1", ".nan", "many", "'3'", "true", "", "1e999"))
     yield from (
-        [override]
+        override.split()
         for override in (
             "train.batch=7",
             "train.workers=5",
@@ -54,6 +54,8 @@ def settings() -> Iterator[list[str]]:
             "train.best=reward/jugde",
             "model.revision=main",
             "cluster.attention=_native_flash",
+            "adapter.targets=[nothing]",
+            "train.workers=2 cluster.trainer_gpus=0.5",
             "reward.components.0.weight=0",
             "reward.components.5.weight=1",
             "nonsense",
