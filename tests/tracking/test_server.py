@@ -87,8 +87,6 @@ def test_training_goes_on_without_it_and_it_gets_every_point_once_in_the_end(ser
 
 def test_a_server_that_refuses_this_name_is_no_server(tmp_path):
     other = Server(tmp_path, "--allowed-hosts", "mlflow.example.org:5000")
-    with pytest.raises(
-        OSError, match=r"the MLflow server http://127.0.0.1:\d+ refuses \(403 Invalid Host.*--allowed-hosts"
-    ):
+    with pytest.raises(OSError, match=r"the MLflow server http://127.0.0.1:\d+ refuses \(403 Invalid Host.*--allowed-hosts"):
         check_server(other.uri)
     other.kill()
