@@ -219,6 +219,8 @@ def test_a_finished_run_gets_more_steps(undisturbed, tmp_path):
     one, two = final(outcome.folder), final(folder)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert points(config)["objective"] == wanted["objective"]
+    plans = (folder / "plans.txt").read_text("utf-8")
+    assert all(f"step {step}: " in plans for step in range(STEPS))  # those that it has got now too
 
 
 def processes(title):
