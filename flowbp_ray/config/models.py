@@ -69,11 +69,21 @@ def check_settings(config: AlignConfig, model: Path) -> None:
         )
     shapes = headers(model / "transformer")
     linears = [name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2]
-    for target in (adapter and adapter.targets) or ():
-        if not any(f".{name}".endswith(f".{target}") for name in linears):
+    if adapter and adapter.targets:
+        bound(linears, adapter.targets, str(model))
+
+
+def bound(linears: Sequence[str], targets: Sequence[str], model: str) -> list[str]:
+    """Those of a model's linear modules whose names end in one of ``targets``; ValueError if one of these binds nothing."""
+    found: set[str] = set()
+    for target in targets:
+        hits = [name for name in linears if f".{name}".endswith(f".{target}")]
+        if not hits:
             raise ValueError(
                 f"the adapter target {target!r} binds no linear module of {model}; it has, for example, {', '.join(linears[:3])}"
             )
+        found.update(hits)
+    return sorted(found)
 
 
 def headers(folder: Path) -> dict[str, list[int]]:

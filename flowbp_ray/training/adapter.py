@@ -6,7 +6,6 @@ that does not fit, and an export without its alpha are errors or cannot happen.
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 
 from flowbp_ray.backbones.backbone import Backbone
 from flowbp_ray.config import AlignConfig
-from flowbp_ray.config.models import adapter_file, check_start
+from flowbp_ray.config.models import adapter_file, bound, check_start
 from flowbp_ray.config.surrogates import Surrogate
 from flowbp_ray.randomness import seed_of
 from flowbp_ray.rollouts.embeds import backbone_of
@@ -30,17 +29,7 @@ from flowbp_ray.training.weights import State, whole
 def matching(transformer: nn.Module, targets: Sequence[str]) -> list[str]:
     """Names of the linear modules that end in one of ``targets``; ValueError if one of these binds nothing."""
     linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    bound: set[str] = set()
-    for target in targets:
-        ending = re.compile(rf"(^|\.){re.escape(target)}$")
-        hits = [name for name in linears if ending.search(name)]
-        if not hits:
-            raise ValueError(
-                f"the adapter target {target!r} binds no linear module of {type(transformer).__name__}; "
-                f"it has, for example, {', '.join(linears[:3])}"
-            )
-        bound.update(hits)
-    return sorted(bound)
+    return bound(linears, targets, type(transformer).__name__)
 
 
 def trainable(config: AlignConfig, device: str) -> Backbone:
