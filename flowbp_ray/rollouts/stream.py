@@ -14,7 +14,7 @@ from ray.train import DataConfig
 
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.stages import Admission, Rewarding, RewardStage, SamplerStage, Sampling
-from flowbp_ray.rollouts.turns import Often
+from flowbp_ray.rollouts.turns import AtOnce
 
 #: Of a process in which micro-batches wait for their policy versions, each in one. A sampler may have two that wait, and Ray has
 #: it make earlier ones again, which those wait for, if a machine is lost that had what came of them.
@@ -38,7 +38,7 @@ def rollouts(
 
     def pool(size: int, most: int | None = None, *, ahead: int, threads: int | None = None) -> ActorPoolStrategy:
         # One micro-batch is worked on, and where there are others they are fetched, or handed on, meanwhile. A process without
-        # one waits for Ray Data's executor, which looks for what is done in turns as long as anything is not.
+        # one waits until Ray Data's executor has seen that it is free.
         return ActorPoolStrategy(
             min_size=size,
             max_size=most or size,
@@ -70,8 +70,7 @@ def rollouts(
         num_cpus=0.01,
         **whole,
     )
-    if config.train.policy_lag == 0:
-        stream.context.custom_execution_callback_classes = [*stream.context.custom_execution_callback_classes, Often]
+    stream.context.custom_execution_callback_classes = [*stream.context.custom_execution_callback_classes, AtOnce]
     return stream
 
 

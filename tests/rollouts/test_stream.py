@@ -6,6 +6,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from ray.data._internal.execution import streaming_executor_state as executor
 from flowbp_ray.config import load
 from flowbp_ray.rollouts.stages import Sampling
 from flowbp_ray.rollouts.stream import InTurn, rollouts
-from flowbp_ray.rollouts.turns import Often
+from flowbp_ray.rollouts.turns import AtOnce
 from pipelines.machines import SPARSE
 from pipelines.stand_ins import Pace, Reward, Sampler, paced
 
@@ -74,16 +75,46 @@ def test_a_stage_and_a_train_worker_read_what_is_sampled_where_it_lies(cluster):
     assert not any(block["copied"].any() or block["latents"].flags.writeable for block in blocks)
 
 
-@pytest.mark.parametrize(("lag", "seconds"), [(0, Often.seconds), (1, 0.1)])
-def test_the_executor_looks_for_what_is_done_as_often_as_it_is_told_to(cluster, lag, seconds):
+def test_the_executor_waits_for_more_to_be_done_as_long_as_it_is_told_to(cluster):
     name = "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"
     assert name in executor.process_completed_tasks.__code__.co_names  # not a copy of its value
     store = open_store()
     with streaming():
-        (iterator,) = stream(lag, store).streaming_split(1)
+        (iterator,) = stream(1, store).streaming_split(1)
         next(iter(iterator.iter_batches(batch_size=None)))
-    assert ray.get(iterator._coord_actor.__ray_call__.remote(lambda _: vars(sys.modules[executor.__name__])[name])) == seconds
+    waits = ray.get(iterator._coord_actor.__ray_call__.remote(lambda _: vars(sys.modules[executor.__name__])[name]))
     ray.kill(store)
+    assert waits == AtOnce.gathers
+
+
+@pytest.mark.parametrize("handing_on", [False, True])
+def test_the_executor_looks_when_the_first_task_is_done_or_something_is_to_be_handed_on(cluster, handing_on):
+    @ray.remote(num_cpus=0)
+    class Task:
+        def __init__(self):
+            self.done = asyncio.Event()
+
+        async def run(self):
+            await self.done.wait()
+
+        async def end(self):
+            self.done.set()
+
+    class Patient(AtOnce):
+        looks_anyway = None
+
+    actors = [Task.remote() for _ in range(2)]
+    tasks = [actor.run.remote() for actor in actors]
+    if not handing_on:
+        ray.get(actors[1].end.remote())
+    operator = SimpleNamespace(
+        has_next=lambda: handing_on,
+        get_active_tasks=lambda: [SimpleNamespace(get_waitable=lambda task=task: task) for task in tasks],
+    )
+    Patient().on_execution_step(SimpleNamespace(_topology=[operator]))  # it returns
+    assert ray.wait(tasks, num_returns=2, timeout=0)[0] == ([] if handing_on else tasks[1:])
+    for actor in actors:
+        ray.kill(actor)
 
 
 def reversing_store(last):
