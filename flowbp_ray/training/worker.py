@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,7 +81,6 @@ class TrainWorker:
             )
         self.learner = job.learner(self.config, self.rank)
         self.publisher = Publisher(job.store, self.learner)
-        self.fetching = ThreadPoolExecutor(1)
         #: That the last step's metrics are logged.
         self.logged: ObjectRef | None = None
         #: Since the last checkpoint: what it is judged by, on rank 0.
@@ -106,6 +104,8 @@ class TrainWorker:
         progress.watch = watch.state
         if learner.version == 0:
             watch.see(self.show(), -1)
+        # A thread of Ray Data's fetches the next one meanwhile. With prefetch_batches it would give none before it has the one
+        # after it, which of a step's last one may depend on that step.
         blocks = iter(train.get_dataset_shard("rollouts").iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
         for step in range(learner.version, steps):
             metrics = self.step(step, blocks)
@@ -167,10 +167,10 @@ class TrainWorker:
         """Add up the gradient of this rank's micro-batches of a step: them, and the seconds of waiting and of work."""
         config, workers = self.config, self.config.train.workers
         parts = config.train.batch // config.train.micro_batch // workers
-        taken, seconds, coming = list[Block](), {"waiting": 0.0, "update": 0.0}, one_ahead(blocks, parts, self.fetching)
+        taken, seconds = list[Block](), {"waiting": 0.0, "update": 0.0}
         for part in range(parts):
             asked = time.perf_counter()
-            block = next(coming)
+            block = next(blocks, None)
             if block is None:
                 raise RuntimeError(
                     f"the stream of rollouts ended in step {step} of {config.train.steps}: see what its stages say"
@@ -254,19 +254,6 @@ class TrainWorker:
         """Wait until the last step's metrics are logged."""
         if self.logged is not None:
             ray.get(self.logged)
-
-
-def one_ahead(blocks: Iterator[Block], number: int, fetching: Executor) -> Iterator[Block | None]:
-    """So many blocks, None for each that there is not, every next one fetched while one is worked on.
-
-    Ray Data's own prefetching gives none before it has the one after it, which of a step's last one may depend on that step.
-    """
-    coming = fetching.submit(next, blocks, None)
-    for left in reversed(range(number)):
-        block = coming.result()
-        if left:
-            coming = fetching.submit(next, blocks, None)
-        yield block
 
 
 def add_up(values: Tensor) -> None:
