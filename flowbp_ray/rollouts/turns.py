@@ -17,9 +17,9 @@ class AtOnce(ExecutionCallback):
     Ray has no setting for it: its constant is set in the executor's process, and a test watches that the executor goes by it.
     """
 
-    #: That it waits for more to be done, where something is.
+    #: Seconds that it waits for more to be done, where something is; so often it looks where what is done may not be read yet.
     gathers = 0.005
-    #: After which it looks if nothing is: what it would have to wait for that is not a task.
+    #: Seconds after which it looks if nothing is: not all that it waits for is a task.
     looks_anyway = 0.1
 
     def before_execution_starts(self, executor: "StreamingExecutor") -> None:
