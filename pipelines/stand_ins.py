@@ -12,14 +12,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import ray
 from ray.actor import ActorHandle
 
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.randomness import seed_of
 from flowbp_ray.rollouts.batches import Block, Chunk, MicroBatch, Piece, policy_version
 from flowbp_ray.rollouts.plans import plan_of
-from flowbp_ray.rollouts.stages import Rewarding, Sampling, Timed
+from flowbp_ray.rollouts.stages import Rewarding, Sampling, Stage
 from flowbp_ray.surrogate.plan import Plan
 
 if TYPE_CHECKING:
@@ -55,15 +54,15 @@ class Sampler(Sampling):
 
     def __init__(self, config: AlignConfig, prompts: Sequence[str], store: ActorHandle) -> None:
         super().__init__(config, store)
-        self.config, self.prompts, self.store, self.version = config, prompts, store, -1
+        self.prompts, self.version = prompts, -1
 
     def work(self, block: Block) -> Block:
         """Columns as a sampler's, of half a sample's size each."""
         began, pace = time.perf_counter(), self.pace
         batch = MicroBatch.of(self.config, int(block["number"][0]))
         if batch.version != self.version:
-            for chunk in ray.get(self.store.fetch.remote(batch.version)):
-                for piece in ray.get(chunk).pieces:
+            for chunk in self.chunks(batch.version):
+                for piece in chunk.pieces:
                     hashlib.sha256(piece.values.copy().data)  # as into a model, and the proof that it is there
             self.version = batch.version
         loading, began = time.perf_counter() - began, time.perf_counter()
@@ -90,6 +89,7 @@ class Reward(Rewarding):
     pace: Pace
 
     def __init__(self, config: AlignConfig, application: str) -> None:
+        super().__init__()
         self.names = [component.name for component in config.reward.components]
 
     def work(self, block: Block) -> Block:
@@ -164,7 +164,7 @@ def wait(began: float, seconds: float) -> None:
     time.sleep(max(0.0, began + seconds - time.perf_counter()))
 
 
-S = TypeVar("S", bound=Timed)
+S = TypeVar("S", bound=Stage)
 
 
 def paced(stage: type[S], pace: Pace) -> type[S]:

@@ -32,13 +32,10 @@ class PolicyStore:
             self.parts.setdefault(version, {})[publisher] = chunks
             self.published.notify_all()
 
-    async def admit(self, version: int) -> None:
-        """Return when ``version``, or one after it, exists."""
+    async def fetch(self, version: int) -> list[ObjectRef]:
+        """The chunks of a version, when it exists; KeyError if it is no longer kept."""
         async with self.published:
             await self.published.wait_for(lambda: any(v >= version and self._whole(v) for v in self.parts))
-
-    async def fetch(self, version: int) -> list[ObjectRef]:
-        """The chunks of a version that exists; KeyError if it is still to come or no longer kept."""
         if not self._whole(version):
             raise KeyError(f"policy version {version} is not here, only {sorted(v for v in self.parts if self._whole(v))}")
         return [chunk for part in self.parts[version].values() for chunk in part]

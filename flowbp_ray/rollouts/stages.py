@@ -6,18 +6,18 @@ Ray imports this module in every process that passes a stage on, so what loads t
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import ray
-from ray import serve
+from ray import ObjectRef, serve
 from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
 
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.asking import Request
-from flowbp_ray.rollouts.batches import Block, MicroBatch
+from flowbp_ray.rollouts.batches import Block, Chunk, MicroBatch
 
 REWARDS = "scoring by the reward service"
 
@@ -27,19 +27,48 @@ def service(application: str) -> DeploymentHandle:
     return serve.get_deployment_handle("Rewards", application)
 
 
-class Timed(ABC):
-    """A stage that notes in each block how long it had waited for it, and how many bytes a sample has that it hands on."""
+class Stage(ABC):
+    """What a process of a pool does: it works on one micro-batch at a time, of those that it was given on the first one, and
+    notes in each block how long it had waited for it, and how many bytes a sample has that it hands on.
 
-    #: Of the columns that have it: ``…_waiting_seconds`` and ``…_bytes``.
+    Each is there in a thread of its own, as an actor's tasks begin in any order. What comes of a stage is handed on in order:
+    one that is late keeps all behind it.
+    """
+
+    #: Of the columns that have what it notes: ``…_waiting_seconds`` and ``…_bytes``.
     name: ClassVar[str]
-    ended: float | None = None
+    #: The columns by whose first row a micro-batch comes before another one.
+    order: ClassVar[tuple[str, ...]] = ("step", "part")
+
+    def __init__(self) -> None:
+        self.given: list[tuple[int, ...]] = []
+        self.changed, self.turn = threading.Condition(), threading.Lock()
+        self.ended: float | None = None
 
     @abstractmethod
     def work(self, block: Block) -> Block:
         """The block with what this stage adds to it."""
 
+    def admit(self, block: Block) -> None:  # noqa: B027 - most may be at once
+        """Return when it may be worked on. Those that come before it do not wait for that."""
+
     def __call__(self, block: Block) -> Block:
-        """The same, with those columns."""
+        """The block after `work`, with those columns, in turn."""
+        place = tuple(int(block[column][0]) for column in self.order)
+        with self.changed:
+            self.given.append(place)
+        try:
+            self.admit(block)
+            with self.changed:
+                self.changed.wait_for(lambda: place == min(self.given))
+            with self.turn:
+                return self._noted(block)
+        finally:
+            with self.changed:
+                self.given.remove(place)
+                self.changed.notify_all()
+
+    def _noted(self, block: Block) -> Block:
         waited = 0.0 if self.ended is None else time.perf_counter() - self.ended
         block = self.work(block)
         number = len(block["step"])
@@ -57,6 +86,36 @@ def sample_bytes(block: Block) -> float:
     return total / len(block["step"])
 
 
+class Sampling(Stage):
+    """Works on micro-batches, each the one row of ``number``, whose policy version exists."""
+
+    name = "sampling"
+    order = ("number",)
+
+    def __init__(self, config: AlignConfig, store: ActorHandle) -> None:
+        super().__init__()
+        self.config, self.store, self.newest = config, store, -1
+        #: Chunks of versions that the store has told of, and which are to be loaded.
+        self.told: dict[int, list[ObjectRef]] = {}
+
+    def admit(self, block: Block) -> None:
+        """Return when its policy version exists."""
+        version = MicroBatch.of(self.config, int(block["number"][0])).version
+        if version <= self.newest:
+            return  # the store is asked once for each, not by all micro-batches of a step
+        chunks = ray.get(self.store.fetch.remote(version))
+        with self.changed:
+            if version > self.newest:
+                self.newest, self.told[version] = version, chunks
+
+    def chunks(self, version: int) -> Iterator[Chunk]:
+        """Of its weights, one after the other, so that there is no second copy of a policy; KeyError if it is no longer kept."""
+        chunks = self.told.pop(version, None)
+        if chunks is None:  # a micro-batch that is sampled again, after those of a later version
+            chunks = ray.get(self.store.fetch.remote(version))
+        return map(ray.get, chunks)
+
+
 class Admission:
     """Lets a micro-batch, whose number is the one row of ``number``, pass when its policy version exists."""
 
@@ -66,58 +125,26 @@ class Admission:
     def __call__(self, block: Block) -> Block:
         """The same block, later."""
         version = MicroBatch.of(self.config, int(block["number"][0])).version
-        if version > self.newest:  # the store is asked once for each, not by all micro-batches of a step
-            ray.get(self.store.admit.remote(version))
+        if version > self.newest:  # as a sampler
+            ray.get(self.store.fetch.remote(version))
             self.newest = max(self.newest, version)
         return block
 
 
-class Sampling(Timed):
-    """Works on the first by number of the micro-batches that it was given whose policy version exists, one at a time; each is
-    there, as the one row of ``number``, in a thread of its own.
-
-    An actor's tasks begin in any order. What comes of a stage is handed on in order: one that is late keeps all behind it.
-    """
-
-    name = "sampling"
-
-    def __init__(self, config: AlignConfig, store: ActorHandle) -> None:
-        self.admission = Admission(config, store)
-        self.given: list[int] = []
-        self.changed, self.turn = threading.Condition(), threading.Lock()
-
-    def __call__(self, block: Block) -> Block:
-        """As `Timed`, in turn."""
-        number = int(block["number"][0])
-        with self.changed:
-            self.given.append(number)
-        try:
-            self.admission(block)  # others do not wait for that, unless they come after it
-            with self.changed:
-                self.changed.wait_for(lambda: number == min(self.given))
-            with self.turn:
-                return super().__call__(block)
-        finally:
-            with self.changed:
-                self.given.remove(number)
-                self.changed.notify_all()
-
-
-class Rewarding(Timed):
+class Rewarding(Stage):
     """Gives a micro-batch its rewards."""
 
     name = "reward"
 
 
 class SamplerStage(Sampling):
-    """A `Sampler` that fetches its policies from the store."""
+    """A `Sampler` that has its policies from the store."""
 
     def __init__(self, config: AlignConfig, prompts: Sequence[str], store: ActorHandle) -> None:
         from flowbp_ray.rollouts.sampler import Sampler
 
         super().__init__(config, store)
-        # One chunk after the other: a sampler has no second copy of a policy.
-        self.sampler = Sampler(config, prompts, lambda version: map(ray.get, ray.get(store.fetch.remote(version))))
+        self.sampler = Sampler(config, prompts, self.chunks)
 
     def work(self, block: Block) -> Block:
         """Roll out a micro-batch."""
@@ -128,6 +155,7 @@ class RewardStage(Rewarding):
     """Asks the reward service: one request a reward input, with the whole micro-batch."""
 
     def __init__(self, config: AlignConfig, application: str) -> None:
+        super().__init__()
         self.config, self.service = config, service(application)
 
     def work(self, block: Block) -> Block:

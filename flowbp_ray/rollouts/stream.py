@@ -4,6 +4,7 @@ A sampler begins a micro-batch when the policy version that it asks for exists. 
 that before the pool.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataIterator, Dataset, ExecutionOptions
 from ray.train import DataConfig
+from ray.util.annotations import RayDeprecationWarning
 
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.stages import Admission, Rewarding, RewardStage, SamplerStage, Sampling
@@ -30,21 +32,21 @@ def rollouts(
     sampler: type[Sampling] = SamplerStage,
     reward: type[Rewarding] = RewardStage,
 ) -> Dataset:
-    """All micro-batches of a run from a step on, in order, by these stages; execute it as `InTurn` does."""
+    """All micro-batches of a run from a step on, in order, by these stages."""
     cluster = config.cluster
     parts = config.train.batch // config.train.micro_batch
     source = ray.data.from_arrow([pa.table({"number": [n]}) for n in range(first_step * parts, config.train.steps * parts)])
     whole = {"batch_size": None, "batch_format": "numpy"}  # a killed actor is restarted and its task repeated, by default
 
-    def pool(size: int, most: int | None = None, *, ahead: int, threads: int | None = None) -> ActorPoolStrategy:
+    def pool(size: int, most: int | None = None, *, ahead: int, threads: int) -> ActorPoolStrategy:
         # One micro-batch is worked on, and where there are others they are fetched, or handed on, meanwhile. A process without
         # one waits until Ray Data's executor has seen that it is free.
         return ActorPoolStrategy(
             min_size=size,
             max_size=most or size,
             max_tasks_in_flight_per_actor=ahead,
-            max_concurrent_calls_per_actor=threads or ahead,
-            enable_true_multi_threading=threads is not None,
+            max_concurrent_calls_per_actor=threads,
+            enable_true_multi_threading=True,
         )
 
     # At lag 0 all of a step wait for its last micro-batch, and one that a sampler has at hand waits for that sampler, where
@@ -66,10 +68,14 @@ def rollouts(
     ).map_batches(
         reward,
         fn_constructor_args=(config, application),
-        compute=pool(cluster.rewards.most, ahead=4),
+        compute=pool(cluster.rewards.most, ahead=4, threads=4),
         num_cpus=0.01,
         **whole,
     )
+    with warnings.catch_warnings(action="ignore", category=RayDeprecationWarning):
+        # Ray Data would give one whose machine has a micro-batch all that it has room for, while others have nothing to do. It
+        # says that it will no longer have this as an option some day, and has no other one for it.
+        stream.context.execution_options = ExecutionOptions(preserve_order=True, actor_locality_enabled=False)
     stream.context.custom_execution_callback_classes = [*stream.context.custom_execution_callback_classes, AtOnce]
     return stream
 
@@ -93,7 +99,6 @@ class InTurn(DataConfig):
         for name, dataset in datasets.items():
             stream = dataset.copy(dataset)
             stream.set_name(name)
-            stream.context.execution_options = ExecutionOptions(preserve_order=True)
             # Which rank gets which depends on the order alone, not on where it lies.
             for rank, split in zip(ranks, stream.streaming_split(world_size, equal=False), strict=True):
                 rank[name] = split

@@ -27,9 +27,8 @@ LAST = 3
 
 @contextlib.contextmanager
 def streaming():
-    """In order, as in a run."""
+    """Without bars."""
     context = DataContext.get_current().copy()
-    context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     with DataContext.current(context):
         yield
@@ -47,9 +46,6 @@ def open_store():
     """A policy store that has all versions."""
 
     class Open:  # here, it is sent to its process as it is
-        async def admit(self, version):
-            pass
-
         async def fetch(self, version):
             return []
 
@@ -124,7 +120,7 @@ def reversing_store(last):
         def __init__(self):
             self.asked, self.changed, self.late = set(), asyncio.Condition(), False
 
-        async def admit(self, which):
+        async def fetch(self, which):
             async with self.changed:
                 self.asked.add(which)
                 self.changed.notify_all()
@@ -133,8 +129,6 @@ def reversing_store(last):
                     await asyncio.wait_for(both, timeout=30)
                 except TimeoutError:
                     self.late = True
-
-        async def fetch(self, version):
             return []
 
         async def was_late(self):
@@ -149,9 +143,11 @@ def test_a_micro_batch_that_waits_in_a_sampler_keeps_no_other_one(cluster):
     class ByNumber(Sampler):
         """Asks for micro-batches, not for versions."""
 
-        def __init__(self, *given):
-            super().__init__(*given)
-            self.admission = lambda block: ray.get(self.store.admit.remote(int(block["number"][0])))
+        def admit(self, block):
+            ray.get(self.store.fetch.remote(int(block["number"][0])))
+
+        def chunks(self, version):
+            return []
 
     store = reversing_store(2 * (LAST + 1) - 1)
     with streaming():
@@ -183,13 +179,14 @@ def test_of_micro_batches_that_may_begin_the_first_one_does(cluster):
         def __init__(self):
             self.asked, self.changed = 0, asyncio.Condition()
 
-        async def admit(self, version):
+        async def fetch(self, version):
             async with self.changed:
                 self.asked += 1
                 turn = self.asked
                 self.changed.notify_all()
                 await self.changed.wait_for(lambda: self.asked == 3)
             await asyncio.sleep(0.2 * (3 - turn))
+            return []
 
     class Noted(Sampling):
         """Notes what it works on."""
@@ -246,9 +243,10 @@ def test_at_lag_0_a_sampler_has_nothing_at_hand_that_another_one_could_begin(clu
         def __init__(self):
             self.sampled, self.asked, self.changed = [], [], asyncio.Condition()
 
-        async def admit(self, version):
+        async def fetch(self, version):
             self.asked.append(version)
             await self.until(4 * version)
+            return []
 
         async def until(self, number):
             async with self.changed:
@@ -258,9 +256,6 @@ def test_at_lag_0_a_sampler_has_nothing_at_hand_that_another_one_could_begin(clu
             async with self.changed:
                 self.sampled.append(number)
                 self.changed.notify_all()
-
-        async def fetch(self, version):
-            return []
 
         async def all(self):
             return self.sampled, self.asked
@@ -296,9 +291,6 @@ def test_a_train_worker_has_its_micro_batch_before_there_is_one_for_the_next(clu
 
         async def send(self):
             self.sent.set()
-
-        async def admit(self, version):
-            pass
 
         async def fetch(self, version):
             return []
@@ -340,11 +332,9 @@ def test_no_more_is_sampled_than_the_steps_that_may_be_under_way(cluster, tmp_pa
     class First:
         """A policy store that never has more than the first version."""
 
-        async def admit(self, version):
+        async def fetch(self, version):
             while version > 0:
                 await asyncio.sleep(1)
-
-        async def fetch(self, version):
             return []
 
     class Noted(Sampler):

@@ -56,8 +56,7 @@ def test_a_worker_without_a_part_of_the_weights_publishes_nothing(store):
     assert publisher.publish() == (0, 0.0)
     assert publisher.kept() == {}
     publisher.publish_again({})
-    with pytest.raises(ray.exceptions.RayTaskError, match="policy version"):
-        fetched(store, 0)
+    assert not ray.wait([store.fetch.remote(0)], timeout=1)[0]
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -68,8 +67,7 @@ def test_a_version_in_parts_exists_when_all_workers_have_published_theirs(cluste
     for version in range(3):
         for of, publisher in zip(ranks, publishers, strict=True):
             if of.rank == 1:  # the other one has retired what was before, and published its part
-                with pytest.raises(ray.exceptions.RayTaskError, match="policy version"):
-                    ray.get(store.fetch.remote(version))
+                assert not ray.wait([store.fetch.remote(version)], timeout=1)[0]
             of.version = version
             publisher.publish()
         chunks = ray.get(ray.get(store.fetch.remote(version)))
