@@ -3,6 +3,7 @@
 Ray imports this module in every process that passes a stage on, so what loads torch is imported where a model is loaded.
 """
 
+import contextlib
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -94,16 +95,17 @@ class Sampling(Stage):
         """Return when the micro-batch's policy version exists."""
         version = MicroBatch.of(self.config, number).version
         if version <= self.newest:
-            return  # the store is asked once for each, not by all micro-batches of a step
+            return  # the store is asked for each only by those that wait for it, not by all micro-batches of a step
         chunks = ray.get(self.store.fetch.remote(version))
         with self.changed:
-            if version > self.newest:
+            if version > self.newest:  # else another one of it was told, and may have loaded it
                 self.newest, self.told[version] = version, chunks
 
     def chunks(self, version: int) -> Iterator[Chunk]:
-        """Of its weights, one after the other, so that there is no second copy of a policy; KeyError if it is no longer kept."""
+        """Of its weights, one after the other, so that there is no second copy of a policy; KeyError if the store has to be asked
+        and does not keep it any more."""
         chunks = self.told.pop(version, None)
-        if chunks is None:  # a micro-batch that is sampled again, after those of a later version
+        if chunks is None:  # a later version was told before: this micro-batch is sampled again, or both were there at once
             chunks = ray.get(self.store.fetch.remote(version))
         return map(ray.get, chunks)
 
@@ -118,7 +120,8 @@ class Admission:
         """The same block, later."""
         version = MicroBatch.of(self.config, int(block["number"][0])).version
         if version > self.newest:  # as a sampler
-            ray.get(self.store.fetch.remote(version))
+            with contextlib.suppress(KeyError):  # it has existed: whoever loads it says so if that is too late
+                ray.get(self.store.fetch.remote(version))
             self.newest = max(self.newest, version)
         return block
 

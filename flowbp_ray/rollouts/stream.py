@@ -81,7 +81,8 @@ def rollouts(
 
 
 class InTurn(DataConfig):
-    """Deals micro-batches out to train workers in turn, in order, each when it is there: they all have as many samples.
+    """Deals micro-batches of `rollouts` out to train workers in turn, in order, each when it is there: they all have as many
+    samples.
 
     Ray Train's own splits equally whatever comes, so it keeps what there is until every worker can have as many.
     """

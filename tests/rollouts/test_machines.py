@@ -49,7 +49,7 @@ def test_rewards_on_another_machine_than_the_sampler_have_as_much_to_do():
     settings = {"train.batch": 8, "train.micro_batch": 2, "train.policy_lag": 0, "train.steps": 1}
     settings |= {"cluster.samplers": 1, "cluster.sampler_cpus": 0.1, "cluster.reward_replicas": 2}
     config = load(SPARSE, [f"{key}={value}" for key, value in settings.items()])
-    pace = Pace(rollout=0.05, reward=1.0, update=0.0, sample_bytes=2**20)
+    pace = Pace(rollout=0.5, reward=3.0, update=0.0, sample_bytes=2**20)
     with Machines(workers=1):
         quiet_streams()
         store = ray.remote(Gate).options(num_cpus=0, name="gate").remote()
