@@ -89,6 +89,7 @@ class Reward(Rewarding):
     pace: Pace
 
     def __init__(self, config: AlignConfig, application: str) -> None:
+        super().__init__()
         self.names = [component.name for component in config.reward.components]
 
     def work(self, block: Block) -> Block:

@@ -29,19 +29,47 @@ def service(application: str) -> DeploymentHandle:
 
 
 class Stage(ABC):
-    """What a process of a pool does. It notes in each block how long it had waited for it, and how many bytes a sample has that
-    it hands on."""
+    """What a process of a pool does: it works on one micro-batch at a time, of those that it was given on the first one, and
+    notes in each block how long it had waited for it, and how many bytes a sample has that it hands on.
 
-    #: Of the columns that have it: ``…_waiting_seconds`` and ``…_bytes``.
+    Each is there in a thread of its own, as an actor's tasks begin in any order. What comes of a stage is handed on in order:
+    one that is late keeps all behind it.
+    """
+
+    #: Of the columns that have what it notes: ``…_waiting_seconds`` and ``…_bytes``.
     name: ClassVar[str]
-    ended: float | None = None
+    #: The columns by whose first row a micro-batch comes before another one.
+    order: ClassVar[tuple[str, ...]] = ("step", "part")
+
+    def __init__(self) -> None:
+        self.given: list[tuple[int, ...]] = []
+        self.changed, self.turn = threading.Condition(), threading.Lock()
+        self.ended: float | None = None
 
     @abstractmethod
     def work(self, block: Block) -> Block:
         """The block with what this stage adds to it."""
 
+    def admit(self, block: Block) -> None:  # noqa: B027 - most may be at once
+        """Return when it may be worked on. Those that come before it do not wait for that."""
+
     def __call__(self, block: Block) -> Block:
-        """The same, with those columns."""
+        """The block after `work`, with those columns, in turn."""
+        place = tuple(int(block[column][0]) for column in self.order)
+        with self.changed:
+            self.given.append(place)
+        try:
+            self.admit(block)
+            with self.changed:
+                self.changed.wait_for(lambda: place == min(self.given))
+            with self.turn:
+                return self._noted(block)
+        finally:
+            with self.changed:
+                self.given.remove(place)
+                self.changed.notify_all()
+
+    def _noted(self, block: Block) -> Block:
         waited = 0.0 if self.ended is None else time.perf_counter() - self.ended
         block = self.work(block)
         number = len(block["step"])
@@ -60,40 +88,20 @@ def sample_bytes(block: Block) -> float:
 
 
 class Sampling(Stage):
-    """Works on the first by number of the micro-batches that it was given whose policy version exists, one at a time; each is
-    there, as the one row of ``number``, in a thread of its own.
-
-    An actor's tasks begin in any order. What comes of a stage is handed on in order: one that is late keeps all behind it.
-    """
+    """Works on micro-batches, each the one row of ``number``, whose policy version exists."""
 
     name = "sampling"
+    order = ("number",)
 
     def __init__(self, config: AlignConfig, store: ActorHandle) -> None:
+        super().__init__()
         self.config, self.store, self.newest = config, store, -1
         #: Chunks of versions that the store has told of, and which are to be loaded.
         self.told: dict[int, list[ObjectRef]] = {}
-        self.given: list[int] = []
-        self.changed, self.turn = threading.Condition(), threading.Lock()
 
-    def __call__(self, block: Block) -> Block:
-        """As `Stage`, in turn."""
-        number = int(block["number"][0])
-        with self.changed:
-            self.given.append(number)
-        try:
-            self.admit(number)  # others do not wait for that, unless they come after it
-            with self.changed:
-                self.changed.wait_for(lambda: number == min(self.given))
-            with self.turn:
-                return super().__call__(block)
-        finally:
-            with self.changed:
-                self.given.remove(number)
-                self.changed.notify_all()
-
-    def admit(self, number: int) -> None:
-        """Return when the micro-batch's policy version exists."""
-        version = MicroBatch.of(self.config, number).version
+    def admit(self, block: Block) -> None:
+        """Return when its policy version exists."""
+        version = MicroBatch.of(self.config, int(block["number"][0])).version
         if version <= self.newest:
             return  # the store is asked for each only by those that wait for it, not by all micro-batches of a step
         chunks = ray.get(self.store.fetch.remote(version))
@@ -150,6 +158,7 @@ class RewardStage(Rewarding):
     """Asks the reward service: one request a reward input, with the whole micro-batch."""
 
     def __init__(self, config: AlignConfig, application: str) -> None:
+        super().__init__()
         self.config, self.service = config, service(application)
 
     def work(self, block: Block) -> Block:

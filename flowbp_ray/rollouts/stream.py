@@ -38,15 +38,15 @@ def rollouts(
     source = ray.data.from_arrow([pa.table({"number": [n]}) for n in range(first_step * parts, config.train.steps * parts)])
     whole = {"batch_size": None, "batch_format": "numpy"}  # a killed actor is restarted and its task repeated, by default
 
-    def pool(size: int, most: int | None = None, *, ahead: int, threads: int | None = None) -> ActorPoolStrategy:
+    def pool(size: int, most: int | None = None, *, ahead: int, threads: int) -> ActorPoolStrategy:
         # One micro-batch is worked on, and where there are others they are fetched, or handed on, meanwhile. A process without
         # one waits until Ray Data's executor has seen that it is free.
         return ActorPoolStrategy(
             min_size=size,
             max_size=most or size,
             max_tasks_in_flight_per_actor=ahead,
-            max_concurrent_calls_per_actor=threads or ahead,
-            enable_true_multi_threading=threads is not None,
+            max_concurrent_calls_per_actor=threads,
+            enable_true_multi_threading=True,
         )
 
     # At lag 0 all of a step wait for its last micro-batch, and one that a sampler has at hand waits for that sampler, where
@@ -68,7 +68,7 @@ def rollouts(
     ).map_batches(
         reward,
         fn_constructor_args=(config, application),
-        compute=pool(cluster.rewards.most, ahead=4),
+        compute=pool(cluster.rewards.most, ahead=4, threads=4),
         num_cpus=0.01,
         **whole,
     )

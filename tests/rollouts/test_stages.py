@@ -1,6 +1,7 @@
-"""What every stage notes of itself, and how a sampler has its policies."""
+"""What every stage notes of itself, what it works on first, and how a sampler has its policies."""
 
 import asyncio
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,20 +25,46 @@ class Noted(Stage):
 
 
 def block():
-    return {"step": np.zeros(2, np.int64), "prompt": np.array(["a ring", "zwölf"], dtype=object)}
+    return {"step": np.zeros(2, np.int64), "part": np.zeros(2, np.int64), "prompt": np.array(["a ring", "zwölf"], dtype=object)}
 
 
 def test_waiting_is_from_one_block_to_the_next_and_bytes_are_of_what_is_handed_on():
     stage = Noted()
     first = stage(block())
     assert first["stage_waiting_seconds"].tolist() == [0, 0]
-    assert first["stage_bytes"].tolist() == [(2 * 8 + 6 + 6 + 2 * 3 * 4) / 2] * 2
+    assert first["stage_bytes"].tolist() == [(2 * 2 * 8 + 6 + 6 + 2 * 3 * 4) / 2] * 2
     time.sleep(0.2)
     assert stage(block())["stage_waiting_seconds"].sum() >= 0.2
 
 
 def test_bytes_of_texts_are_utf_8():
-    assert sample_bytes(block()) == (2 * 8 + 6 + 6) / 2
+    assert sample_bytes(block()) == (2 * 2 * 8 + 6 + 6) / 2
+
+
+def test_of_what_it_was_given_it_works_on_what_comes_first():
+    """In whatever order that came: rewards for one that is late keep all train workers waiting."""
+
+    class Noting(Noted):
+        """Notes what it works on, and waits for the word."""
+
+        def work(self, block):
+            worked.append((int(block["step"][0]), int(block["part"][0])))
+            assert go.wait(60)
+            return super().work(block)
+
+    worked, go, stage = [], threading.Event(), Noting()
+    places = [(1, 3), (2, 0), (1, 5), (1, 4)]
+    with ThreadPoolExecutor() as threads:
+        results = []
+        for number, (step, part) in enumerate(places, 1):
+            results.append(threads.submit(stage, block() | {"step": np.full(2, step), "part": np.full(2, part)}))
+            while len(stage.given) < number or not worked:
+                assert not results[-1].done(), results[-1].result()
+                time.sleep(0.001)
+        go.set()
+        for result in results:
+            result.result(timeout=60)
+    assert worked == [(1, 3), (1, 4), (1, 5), (2, 0)]
 
 
 class Loading(Sampling):

@@ -143,8 +143,8 @@ def test_a_micro_batch_that_waits_in_a_sampler_keeps_no_other_one(cluster):
     class ByNumber(Sampler):
         """Asks for micro-batches, not for versions."""
 
-        def admit(self, number):
-            ray.get(self.store.fetch.remote(number))
+        def admit(self, block):
+            ray.get(self.store.fetch.remote(int(block["number"][0])))
 
         def chunks(self, version):
             return []
