@@ -4,7 +4,6 @@ Ray imports this module in every process that passes a stage on, so what loads t
 """
 
 import contextlib
-import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -20,7 +19,6 @@ from ray.serve.handle import DeploymentHandle
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.asking import Request
 from flowbp_ray.rollouts.batches import Block, Chunk, MicroBatch
-from flowbp_ray.rollouts.turns import SWITCH
 
 REWARDS = "scoring by the reward service"
 
@@ -44,7 +42,6 @@ class Stage(ABC):
     order: ClassVar[tuple[str, ...]] = ("step", "part")
 
     def __init__(self) -> None:
-        sys.setswitchinterval(SWITCH)
         self.given: list[tuple[int, ...]] = []
         self.changed, self.turn = threading.Condition(), threading.Lock()
         self.ended: float | None = None

@@ -1,6 +1,5 @@
 """When Ray Data's executor looks for what is done. All processes of a stream import this with its context."""
 
-import sys
 from typing import TYPE_CHECKING
 
 import ray
@@ -8,10 +7,6 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 if TYPE_CHECKING:
     from ray.data._internal.execution.streaming_executor import StreamingExecutor
-
-#: Seconds after which a thread that has something to do has Python's lock from one that makes a block, or plans tasks; Python's
-#: own 0.005 are long where all wait for it, as for a process that is to begin with its next micro-batch.
-SWITCH = 0.0005
 
 
 class AtOnce(ExecutionCallback):
@@ -32,7 +27,6 @@ class AtOnce(ExecutionCallback):
         from ray.data._internal.execution import streaming_executor_state
 
         streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = self.gathers
-        sys.setswitchinterval(SWITCH)
 
     def on_execution_step(self, executor: "StreamingExecutor") -> None:
         """After each look."""
