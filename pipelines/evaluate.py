@@ -215,11 +215,12 @@ def evaluated(config: AlignConfig, adapter: Path | None, folder: Path, number: i
     """All pictures, sampled and judged on the connected cluster."""
     from flowbp_ray.rollouts.evaluation import evaluate
     from pipelines.report import write
-    from pipelines.rewarding import rewarding
+    from pipelines.rewarding import rewarding, wait_for
     from pipelines.session import progress, quiet_streams
 
     quiet_streams()
     with rewarding(config, f"rewards-{folder.name}") as rewards, progress(number, "evaluate", "picture") as bar:
+        wait_for(rewards)
         exported = (adapter / EXPORT_FILE).read_bytes() if adapter and (adapter / EXPORT_FILE).exists() else adapter
         pictures = evaluate(config, rewards, exported, bar.update, folder)
     return write(folder, pictures)

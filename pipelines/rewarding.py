@@ -21,7 +21,7 @@ from serve.rewards import OWNERS, application, description
 @contextlib.contextmanager
 def rewarding(config: AlignConfig, own: str) -> Iterator[str]:
     """The name of the application that scores: the running one of the configuration, or a new one of the name ``own``, which is
-    started again whenever it is gone, and removed at the end."""
+    started again whenever it is gone, and removed at the end. A new one may still be starting: `wait_for` waits for that."""
     if config.reward.application:
         check_application(config, config.reward.application)
         yield config.reward.application
@@ -35,7 +35,6 @@ def rewarding(config: AlignConfig, own: str) -> Iterator[str]:
         watch = threading.Thread(target=revive, args=(config, own, ended), daemon=True)
         watch.start()
         try:
-            wait_for(own)
             yield own
         finally:
             ended.set()
@@ -53,9 +52,7 @@ def make_owner(name: str) -> ActorHandle:
 
     for _ in range(60):
         try:
-            owner = ray.remote(Owner).options(name=name, namespace=OWNERS, num_cpus=0, max_restarts=-1).remote()
-            ray.get(owner.__ray_ready__.remote())
-            return owner
+            return ray.remote(Owner).options(name=name, namespace=OWNERS, num_cpus=0, max_restarts=-1).remote()
         except ValueError:
             time.sleep(0.5)
     raise ConfigError(f"another driver on this cluster has the application {name}: wait for it or stop it")

@@ -23,7 +23,7 @@ from flowbp_ray.tracking.store import tracking_uri
 from flowbp_ray.tracking.tracker import Tracker
 from pipelines import check_lasts, job_environment, runs
 from pipelines.causes import clean_up
-from pipelines.rewarding import rewarding
+from pipelines.rewarding import rewarding, wait_for
 
 #: Of a cluster's processes, so that no memory grows with the steps. A block that is small enough to come in a message, at most
 #: 100,000 bytes, stays for ever in the process that runs Ray Data's stream; and Ray's GCS keeps 100,000 finished tasks.
@@ -154,8 +154,7 @@ def session(config: AlignConfig, folder: Path) -> Iterator[Session]:
             .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=on_this_node())
             .remote(uri, config.tracking.experiment, config.tracking.run_name, config.model_dump(mode="json"), folder)
         )
-        info: dict[str, str] = ray.get(tracker.info.remote())
-        own, ended = f"rewards-{info['run_id'][:8]}", False
+        ended = False
 
         def end(error: BaseException) -> None:
             nonlocal ended
@@ -164,9 +163,11 @@ def session(config: AlignConfig, folder: Path) -> Iterator[Session]:
                 clean_up("end the MLflow run", lambda: ray.get(tracker.finish.remote(status), timeout=60))
 
         try:
-            print(f"MLflow run {info['run_id']}, files in {folder}")
-            with rewarding(config, own) as rewards:
+            with rewarding(config, f"rewards-{folder.name}") as rewards:
                 try:
+                    info: dict[str, str] = ray.get(tracker.info.remote())  # meanwhile the rewards start
+                    print(f"MLflow run {info['run_id']}, files in {folder}")
+                    wait_for(rewards)
                     yield Session(tracker, rewards, info)
                 except BaseException as error:
                     end(error)  # the quick one first: `ray job stop` leaves three seconds

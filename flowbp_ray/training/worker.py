@@ -10,7 +10,9 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,37 +68,49 @@ def train_loop(job: Job) -> str | None:
     its own, or another step, or if the run's folder is not to be seen from here; FloatingPointError where too many steps in a
     row have no finite gradient.
     """
-    return TrainWorker(job).run()
+    rank, newest = train.get_context().get_world_rank(), train.get_checkpoint()
+    if rank == 0 and not (job.folder / "config.yaml").exists():
+        raise RuntimeError(
+            f"the train worker on {platform.node()} cannot see {job.folder}, where its checkpoints would go: "
+            "set output to a folder that all machines of the cluster share"
+        )
+    if newest is None:
+        worker = TrainWorker(job, rank, None)
+    else:
+        from flowbp_ray.training.checkpoints import check
+
+        with newest.as_directory() as folder:
+            progress, _ = check(Path(folder))
+            if progress.stopped or progress.version >= job.config.train.steps:
+                return progress.stopped
+            worker = TrainWorker(job, rank, Path(folder))
+    return worker.run()
 
 
 class TrainWorker:
-    """One rank's part in a run."""
+    """One rank's part in a run that has steps to do, from a checkpoint on or from the beginning."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.config, self.rank = job, job.config, train.get_context().get_world_rank()
-        if self.rank == 0 and not (job.folder / "config.yaml").exists():
-            raise RuntimeError(
-                f"the train worker on {platform.node()} cannot see {job.folder}, where its checkpoints would go: "
-                "set output to a folder that all machines of the cluster share"
-            )
+    def __init__(self, job: Job, rank: int, newest: Path | None) -> None:
+        self.job, self.config, self.rank = job, job.config, rank
+        # A thread of Ray Data's fetches the next one meanwhile. With prefetch_batches it would give none before it has the one
+        # after it, which of a step's last one may depend on that step.
+        self.blocks = begun(
+            iter(train.get_dataset_shard("rollouts").iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
+        )
         self.learner = job.learner(self.config, self.rank)
         self.publisher = Publisher(job.store, self.learner)
         #: That the last step's metrics are logged.
         self.logged: ObjectRef | None = None
         #: Since the last checkpoint: what it is judged by, on rank 0.
         self.since: dict[str, list[float]] = defaultdict(list)
+        if newest is None:
+            self.publisher.publish()
+        else:
+            self.publisher.publish_again(self.learner.restore(newest))
 
     def run(self) -> str | None:
         """As `train_loop`."""
         config, learner, steps = self.config, self.learner, self.config.train.steps
-        if (newest := train.get_checkpoint()) is None:
-            self.publisher.publish()
-        else:
-            with newest.as_directory() as folder:
-                earlier = learner.restore(Path(folder))
-            if learner.progress.stopped or learner.version >= steps:
-                return learner.progress.stopped
-            self.publisher.publish_again(earlier)
         self.announce()
         progress = learner.progress
         held_out = [f"reward/{c.name}" for c in config.reward.components if c.weight == 0]
@@ -104,11 +118,8 @@ class TrainWorker:
         progress.watch = watch.state
         if learner.version == 0:
             watch.see(self.show(), -1)
-        # A thread of Ray Data's fetches the next one meanwhile. With prefetch_batches it would give none before it has the one
-        # after it, which of a step's last one may depend on that step.
-        blocks = iter(train.get_dataset_shard("rollouts").iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
         for step in range(learner.version, steps):
-            metrics = self.step(step, blocks)
+            metrics = self.step(step)
             ends = learner.version == steps
             shows = ends or learner.version % config.evaluation.preview_every == 0
             pictured = self.show() if shows else {}
@@ -135,10 +146,10 @@ class TrainWorker:
             named = (f"{name} {tuple(p.shape)}" for name, p in learner.weights.parameters.items())
             ray.get(tracker.text.remote("\n".join(named), "trained_parameters.txt"))
 
-    def step(self, step: int, blocks: Iterator[Block]) -> dict[str, float]:
+    def step(self, step: int) -> dict[str, float]:
         """Do a step and publish what comes of it; its metrics, which are on their way to the tracker, on rank 0."""
         config, learner, began, plan = self.config, self.learner, time.perf_counter(), self.learner.plan
-        taken, seconds = self.learn(step, blocks)
+        taken, seconds = self.learn(step)
         started = time.perf_counter()
         norm = learner.update(add_up if config.train.workers > 1 else None)
         seconds["update"] += time.perf_counter() - started
@@ -163,14 +174,14 @@ class TrainWorker:
             self.since[metric].append(metrics[metric])
         return metrics
 
-    def learn(self, step: int, blocks: Iterator[Block]) -> tuple[list[Block], dict[str, float]]:
+    def learn(self, step: int) -> tuple[list[Block], dict[str, float]]:
         """Add up the gradient of this rank's micro-batches of a step: them, and the seconds of waiting and of work."""
         config, workers = self.config, self.config.train.workers
         parts = config.train.batch // config.train.micro_batch // workers
         taken, seconds = list[Block](), {"waiting": 0.0, "update": 0.0}
         for part in range(parts):
             asked = time.perf_counter()
-            block = next(blocks, None)
+            block = next(self.blocks, None)
             if block is None:
                 raise RuntimeError(
                     f"the stream of rollouts ended in step {step} of {config.train.steps}: see what its stages say"
@@ -254,6 +265,13 @@ class TrainWorker:
         """Wait until the last step's metrics are logged."""
         if self.logged is not None:
             ray.get(self.logged)
+
+
+def begun(blocks: Iterator[Block]) -> Iterator[Block | None]:
+    """The same, the first of which is asked for now, so that whatever makes them loads its models while this process does. That
+    first one is None if there is none."""
+    first = ThreadPoolExecutor(1).submit(next, blocks, None)
+    return chain(map(Future.result, [first]), blocks)
 
 
 def add_up(values: Tensor) -> None:

@@ -10,7 +10,7 @@ from ray.serve.schema import ApplicationStatus
 from flowbp_ray.config import load
 from flowbp_ray.rollouts.stages import service
 from pipelines.causes import reason
-from pipelines.rewarding import rewarding
+from pipelines.rewarding import rewarding, wait_for
 
 SPARSE = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
 OWN = "rewards-of-a-test"
@@ -32,6 +32,7 @@ def test_deleted_again_while_it_is_started_again_it_comes_back_and_is_gone_at_th
     config = load(SPARSE, ["cluster.reward_cpus=0.1"])
     with rewarding(config, OWN) as name:
         assert name == OWN
+        wait_for(name)
         # Not waited for: Serve looks once a second whether it is gone, and by then it may be there again.
         serve.delete(OWN, _blocking=False)
         wait_until({ApplicationStatus.DEPLOYING})
@@ -47,7 +48,7 @@ def test_one_that_cannot_start_says_why(cluster):
     component = config.reward.components[0].model_copy(update={"kind": "function", "path": "math:no_such_reward"})
     broken = config.model_copy(update={"reward": config.reward.model_copy(update={"components": (component,)})})
     with pytest.raises(RuntimeError) as caught, rewarding(broken, OWN):
-        pass
+        wait_for(OWN)
     assert "no_such_reward" in reason(caught.value)
     assert len(reason(caught.value).splitlines()) == 1
     assert status() is None
