@@ -44,20 +44,19 @@ def connect(config: AlignConfig) -> None:
     """Join the cluster of RAY_ADDRESS (every Ray job has it), else start one here. ConfigError if it is too small, or if what a
     submitted job makes would be lost."""
     variables = {"OMP_NUM_THREADS": str(config.cluster.threads), "TRANSFORMERS_VERBOSITY": "error"} | PROMPT
-    given = job_environment().get("env_vars", {})
-    quiet = {"env_vars": {k: v for k, v in variables.items() if k not in given}}  # Ray refuses a job's own
     check_lasts("output", config.output)
     for library in ("ray.serve", "ray.data"):
         logging.getLogger(library).setLevel(logging.ERROR)
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env=quiet, log_to_driver=False, logging_level="error")
+        given = job_environment().get("env_vars", {})
+        ours = {"env_vars": {k: v for k, v in variables.items() if k not in given}}  # Ray refuses a job's own
+        ray.init(runtime_env=ours, log_to_driver=False, logging_level="error")
     else:
         bound_memory()
+        os.environ.update(variables)  # of a runtime_env, the processes that Ray has at hand have nothing, and would be of no use
         # Logical CPUs: on a laptop the processes take turns. One more than is there would be waited for, for ever.
         cpus = max(os.cpu_count() or 1, math.ceil(config.reserved()["CPU"]))
-        ray.init(
-            address="local", num_cpus=cpus, include_dashboard=False, runtime_env=quiet, log_to_driver=False, logging_level="error"
-        )
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
     there = ray.cluster_resources()
     for kind, number in config.reserved().items():
         if number > there.get(kind, 0):
