@@ -219,10 +219,11 @@ def evaluated(config: AlignConfig, adapter: Path | None, folder: Path, number: i
     from pipelines.session import progress, quiet_streams
 
     quiet_streams()
-    with rewarding(config, f"rewards-{folder.name}") as rewards, progress(number, "evaluate", "picture") as bar:
-        wait_for(rewards)
-        exported = (adapter / EXPORT_FILE).read_bytes() if adapter and (adapter / EXPORT_FILE).exists() else adapter
-        pictures = evaluate(config, rewards, exported, bar.update, folder)
+    exported = (adapter / EXPORT_FILE).read_bytes() if adapter and (adapter / EXPORT_FILE).exists() else adapter
+    with rewarding(config, folder) as rewards:
+        wait_for(config, rewards)
+        with progress(number, "evaluate", "picture") as bar:
+            pictures = evaluate(config, rewards, exported, bar.update, folder)
     return write(folder, pictures)
 
 

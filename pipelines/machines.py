@@ -97,9 +97,10 @@ class Machines:
         os.environ[MARK] = self.mark  # which all of the cluster's processes inherit
         os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - so Ray spells it
         bound_memory()
+        os.environ.update(PROMPT)
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         self.workers = [self.cluster.add_node(**self.each) for _ in range(self.number)]
-        ray.init(address=self.cluster.address, runtime_env={"env_vars": PROMPT}, log_to_driver=False, logging_level="error")
+        ray.init(address=self.cluster.address, log_to_driver=False, logging_level="error")
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
         return self
 

@@ -58,10 +58,13 @@ def interval(name: str, score: Score, number: float) -> tuple[float, float]:
     """
     if not share(name):
         return score.value - NORMAL * score.error, score.value + NORMAL * score.error
-    if score.error:
-        number = score.value * (1 - score.value) / score.error**2
-    middle = (score.value + NORMAL**2 / (2 * number)) / (1 + NORMAL**2 / number)
-    half = NORMAL / (1 + NORMAL**2 / number) * math.sqrt(score.error**2 + NORMAL**2 / (4 * number**2))
+    return wilson(score.value, score.value * (1 - score.value) / score.error**2 if score.error else number)
+
+
+def wilson(share: float, number: float) -> tuple[float, float]:
+    """The 95 % interval of a share of so many, by Wilson's formula."""
+    middle = (share + NORMAL**2 / (2 * number)) / (1 + NORMAL**2 / number)
+    half = NORMAL / (1 + NORMAL**2 / number) * math.sqrt(share * (1 - share) / number + NORMAL**2 / (4 * number**2))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 

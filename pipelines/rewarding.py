@@ -1,11 +1,13 @@
 """The reward application of a command: started, started again when it is gone, and ended with the command however that ends."""
 
 import contextlib
+import hashlib
 import logging
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import ray
 from ray import serve
@@ -19,17 +21,20 @@ from serve.rewards import OWNERS, application, description
 
 
 @contextlib.contextmanager
-def rewarding(config: AlignConfig, own: str) -> Iterator[str]:
-    """The name of the application that scores: the running one of the configuration, or a new one of the name ``own``, which is
-    started again whenever it is gone, and removed at the end. A new one may still be starting: `wait_for` waits for that."""
+def rewarding(config: AlignConfig, folder: Path) -> Iterator[str]:
+    """The name of the application that scores: the running one of the configuration, or one of its own for the ``folder`` of a
+    command. This is started again whenever it is gone, and removed at the end; it may still be starting, which `wait_for` is
+    for. ConfigError if another command has it.
+    """
     if config.reward.application:
         check_application(config, config.reward.application)
         yield config.reward.application
         return
-    if own in serve.status().applications:
-        serve.delete(own)  # of a driver that was killed
+    own = f"rewards-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
     owner = make_owner(own)  # the handle is what keeps it
     try:
+        if own in serve.status().applications:
+            serve.delete(own)  # of a driver that was killed
         start(config, own)
         ended = threading.Event()
         watch = threading.Thread(target=revive, args=(config, own, ended), daemon=True)
@@ -64,9 +69,9 @@ def start(config: AlignConfig, own: str) -> None:
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
-def wait_for(own: str) -> None:
-    """Return when the application runs; RuntimeError, with Serve's message, if it cannot."""
-    while True:
+def wait_for(config: AlignConfig, own: str) -> None:
+    """Return when the application of `rewarding` runs; RuntimeError, with Serve's message, if it cannot."""
+    while config.reward.application is None:  # that one runs
         there = serve.status().applications.get(own)  # None where it was deleted, and `revive` starts it again
         if there and there.status == ApplicationStatus.RUNNING:
             return

@@ -32,7 +32,6 @@ SAMPLES, MICRO_BATCH = 8, 2  # for each sampler and step; in a micro-batch
 ROLLOUT, REWARD, UPDATE = 8.0, 1.0, 4.0  # seconds for 8 samples
 FIRST, LAST = 2, 1  # steps left out: the first fill the stream, and with the last it runs empty
 NODES, STORE = 4, 2 * 2**30  # worker nodes, and the object store's bytes of each
-SERIES = ("balanced", "samplers", "stragglers", "publish")
 #: What Ray has once for each machine is less than elsewhere, as here all have the same few cores: no processes are kept that wait
 #: for tasks to come, 1 % of a core each, and reports for dashboards are not made each 5 s.
 ALONE = {"RAY_num_workers_soft_limit": "0", "REPORTER_UPDATE_INTERVAL_MS": "60000"}

@@ -28,9 +28,10 @@ from pipelines.rewarding import rewarding, wait_for
 #: Of a cluster's processes, so that no memory grows with the steps. A block that is small enough to come in a message, at most
 #: 100,000 bytes, stays for ever in the process that runs Ray Data's stream; and Ray's GCS keeps 100,000 finished tasks.
 MEMORY = {"RAY_max_direct_call_object_size": "8192", "RAY_task_events_max_num_task_in_gcs": "1000"}
-#: Of the processes that a run trains with. Ray Data's executor asks for the size of what a stage made itself: a thread of its own
-#: has the answer just after the executor has looked, and it looks again a turn later. At policy_lag 0 a step waits for that in
-#: all stages. And Ray Train's controller looks more often than each 2 s for train workers that have ended, or are no more.
+#: Of the processes that a run trains with, and of a driver that starts the cluster itself. Ray Data's executor asks for the size
+#: of what a stage made itself: a thread of its own has the answer just after the executor has looked, and it looks again a turn
+#: later. At policy_lag 0 a step waits for that in all stages. And Ray Train's controller looks more often than each 2 s for train
+#: workers that have ended, or are no more.
 PROMPT = {"RAY_DATA_METADATA_PREFETCH_ON_THREAD": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 
 
@@ -153,20 +154,21 @@ def session(config: AlignConfig, folder: Path) -> Iterator[Session]:
             .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=on_this_node())
             .remote(uri, config.tracking.experiment, config.tracking.run_name, config.model_dump(mode="json"), folder)
         )
+        info: dict[str, str] = {}
         ended = False
 
         def end(error: BaseException) -> None:
             nonlocal ended
-            if not ended:
+            if info and not ended:  # else there is no tracker yet, or cannot be one
                 ended, status = True, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
                 clean_up("end the MLflow run", lambda: ray.get(tracker.finish.remote(status), timeout=60))
 
         try:
-            with rewarding(config, f"rewards-{folder.name}") as rewards:
+            with rewarding(config, folder) as rewards:
                 try:
-                    info: dict[str, str] = ray.get(tracker.info.remote())  # meanwhile the rewards start
+                    info |= ray.get(tracker.info.remote())  # meanwhile the rewards start
                     print(f"MLflow run {info['run_id']}, files in {folder}")
-                    wait_for(rewards)
+                    wait_for(config, rewards)
                     yield Session(tracker, rewards, info)
                 except BaseException as error:
                     end(error)  # the quick one first: `ray job stop` leaves three seconds

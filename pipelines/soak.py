@@ -99,7 +99,7 @@ def look(root: int) -> dict[str, dict[str, float]]:
 def role_of(line: str) -> str:
     """What a process is for."""
     if title := TITLE.match(line):
-        return re.sub(r"rewards-[\w-]+", "rewards", title[1].partition(".")[0] if "(" not in title[1] else title[1])
+        return re.sub(r"rewards-\w+", "rewards", title[1].partition(".")[0] if "(" not in title[1] else title[1])
     known = {"pipelines.align": "driver", "raylet/raylet": "raylet", "gcs_server": "gcs_server"}
     return next((role for part, role in known.items() if part in line), "other")
 

@@ -7,10 +7,11 @@ import math
 import platform
 import shutil
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -270,7 +271,15 @@ class TrainWorker:
 def begun(blocks: Iterator[Block]) -> Iterator[Block | None]:
     """The same, the first of which is asked for now, so that whatever makes them loads its models while this process does. That
     first one is None if there is none."""
-    first = ThreadPoolExecutor(1).submit(next, blocks, None)
+    first: Future[Block | None] = Future()
+
+    def ask() -> None:
+        try:
+            first.set_result(next(blocks, None))
+        except BaseException as error:  # whoever asks has it
+            first.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()  # a process that ends does not wait for it
     return chain(map(Future.result, [first]), blocks)
 
 

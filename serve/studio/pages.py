@@ -22,6 +22,7 @@ from flowbp_ray.config.section import Section, Text
 from flowbp_ray.pictures import file_of
 from flowbp_ray.rollouts import asking
 from flowbp_ray.rollouts.prompts import read_rows
+from flowbp_ray.rollouts.stages import service
 from flowbp_ray.shapes.captions import evaluation_prompts
 from serve.catalogue import label
 from serve.guard import body, parsed
@@ -173,8 +174,7 @@ def wished(front: Any, prompt: str, seed: int, strength: float = 1.0) -> Picture
 
 def judged(application: str, drawn: np.ndarray, prompt: str) -> dict[str, float]:
     """Every reward's score of a picture."""
-    handle = serve.get_deployment_handle("Rewards", application)
-    asked = asking.Request(handle, "judge", drawn[None], [prompt], what="scoring", prompts=[prompt])
+    asked = asking.Request(service(application), "judge", drawn[None], [prompt], what="scoring", prompts=[prompt])
     return {name: float(values[0]) for name, values in asked.result().items()}
 
 

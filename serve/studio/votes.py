@@ -1,14 +1,14 @@
 """Choices between two pictures of which nobody is told who made them, and what they add up to."""
 
 import contextlib
-import math
 import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-NORMAL = 1.959964  # standard errors to either side, for 95 %
+from pipelines.report import wilson
+
 CHOICES = ("left", "right", "same")
 
 TABLE = """
@@ -93,7 +93,7 @@ class Votes:
                 (first, second, firsts, seconds) if firsts >= seconds else (second, first, seconds, firsts)
             )
             if wins + losses:
-                standings.append(Standing(model, other, wins, losses, ties, *wilson(wins, wins + losses)))
+                standings.append(Standing(model, other, wins, losses, ties, *wilson(wins / (wins + losses), wins + losses)))
         return standings
 
     @contextlib.contextmanager
@@ -104,11 +104,3 @@ class Votes:
                 yield connection
         finally:
             connection.close()
-
-
-def wilson(wins: int, number: int) -> tuple[float, float]:
-    """The 95 % interval of a share, by Wilson's formula."""
-    share = wins / number
-    middle = (share + NORMAL**2 / (2 * number)) / (1 + NORMAL**2 / number)
-    half = NORMAL / (1 + NORMAL**2 / number) * math.sqrt(share * (1 - share) / number + NORMAL**2 / (4 * number**2))
-    return max(0.0, middle - half), min(1.0, middle + half)

@@ -134,7 +134,7 @@ def test_the_readmes_commands_twice_in_a_row_and_a_job_that_is_stopped(account):
         score("other")
     account(*exports, commands[-1])
 
-    # The same where `make demo`, which runs this, was there first.
+    # The same where `make demo`, which runs this, was there first; twice in a row is what the jobs above are.
     demo = f"export HOME={account.home}/demo"
     account(demo, "mkdir $HOME", f"python -m pipelines.align configs/shapes/sparse.yaml train.steps=2 {' '.join(SMALL)}")
     account(demo, *commands[1 : start + 1])

@@ -6,12 +6,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import binomtest
 
 from flowbp_ray.config import ConfigError
 from flowbp_ray.rollouts.pictures import picture_file
 from flowbp_ray.shapes.captions import TASKS
 from flowbp_ray.shapes.evaluation import Score
-from pipelines.report import html, independent, interval, read, rendered, table, write
+from pipelines.report import html, independent, interval, read, rendered, table, wilson, write
 
 PROTOCOL = {"sampling": {"steps": 12}, "seed": 0}
 
@@ -107,3 +108,9 @@ def test_the_page_has_pictures_of_every_task_by_both_and_nothing_from_elsewhere(
     assert "script" not in page.tags
     assert "b" in page.tags  # the verdicts'; of the prompt it is text
     assert "<th scope=row>single object</th><td>40.0 [26.3, 55.4]</td>" in rendered(table(two))
+
+
+@pytest.mark.parametrize(("wins", "number"), [(0, 5), (5, 5), (3, 7), (60, 100)])
+def test_the_interval_is_wilsons(wins, number):
+    known = binomtest(wins, number).proportion_ci(method="wilson")
+    assert wilson(wins / number, number) == pytest.approx((known.low, known.high), abs=1e-6)

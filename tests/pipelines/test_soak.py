@@ -13,7 +13,7 @@ from pipelines.soak import role_of, slope_of, table
     [
         ("ray::MapWorker(MapBatches(SamplerStage)).submit", "MapWorker(MapBatches(SamplerStage))"),
         ("ray::MapWorker(MapBatches(SamplerStage))", "MapWorker(MapBatches(SamplerStage))"),
-        ("ray::ServeReplica:rewards-20261126-203434-sparse-e3f8:Rewards.handle_request", "ServeReplica:rewards:Rewards"),
+        ("ray::ServeReplica:rewards-0a1b2c3d:Rewards.handle_request", "ServeReplica:rewards:Rewards"),
         ("ray::Tracker.metrics", "Tracker"),
         ("ray::Tracker", "Tracker"),
         ("/x/python -m pipelines.align /x/config.yaml", "driver"),
