@@ -53,10 +53,12 @@ def connect(config: AlignConfig) -> None:
         ours = {"env_vars": {k: v for k, v in variables.items() if k not in given}}  # Ray refuses a job's own
         ray.init(runtime_env=ours, log_to_driver=False, logging_level="error")
     else:
-        bound_memory()
-        os.environ.update(variables)  # of a runtime_env, the processes that Ray has at hand have nothing, and would be of no use
         # Logical CPUs: on a laptop the processes take turns. One more than is there would be waited for, for ever.
         cpus = max(os.cpu_count() or 1, math.ceil(config.reserved()["CPU"]))
+        bound_memory()
+        # So many processes may start at once; by itself Ray goes by the CPUs, and warns when four times as many are there.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(cpus, 8)))
+        os.environ.update(variables)  # of a runtime_env, the processes that Ray has at hand have nothing, and would be of no use
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
     there = ray.cluster_resources()
     for kind, number in config.reserved().items():
