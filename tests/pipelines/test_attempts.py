@@ -32,6 +32,7 @@ def test_the_bar_shows_reward_pace_and_time_left():
     assert "objective" not in last
 
 
+@pytest.mark.drill
 def test_a_model_that_train_workers_cannot_load_ends_it_while_samplers_wait_for_its_weights(cluster, tmp_path):
     class Quiet:
         def progress(self):
