@@ -1,5 +1,6 @@
 """What a person runs: ``python -m pipelines.NAME --help``."""
 
+import argparse
 import json
 import os
 import sys
@@ -15,6 +16,17 @@ def files_and_overrides(given: Sequence[str]) -> tuple[list[Path], list[str]]:
     return [Path(g) for g in given if "=" not in g], [g for g in given if "=" in g]
 
 
+def parsed(parser: argparse.ArgumentParser, given: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, or what else is ``given``, with the ``files`` and ``overrides`` that its positional ``given`` has."""
+    args, unknown = parser.parse_known_intermixed_args(given)
+    if unknown:
+        dashed = next((u.lstrip("-") for u in unknown if "." in u), None)
+        hint = f" (settings have no dashes: {dashed}{'' if '=' in dashed else '=…'})" if dashed else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    args.files, args.overrides = files_and_overrides(args.given)
+    return args
+
+
 def job_environment() -> dict[str, Any]:
     """The runtime environment of the Ray job that this process is the driver of; of none it is empty."""
     found: dict[str, Any] = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
@@ -22,7 +34,11 @@ def job_environment() -> dict[str, Any]:
 
 
 def check_lasts(setting: str, folder: Path) -> None:
-    """ConfigError for a folder in the temporary copy of the working directory that a submitted job has: it would be lost."""
+    """ConfigError for a folder that cannot be made, or would be lost with the temporary copy of the working directory that a
+    submitted job has."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"{setting} is {folder}, but {there} is no folder that can be written to: name another one")
     if "working_dir" in job_environment() and folder.is_relative_to(Path.cwd()):
         raise ConfigError(
             f"{setting} is {folder}, in the temporary copy of the working directory that a submitted job has: give the whole "

@@ -10,7 +10,7 @@ Further YAML files change the first one. Any setting can be given as section.set
 
 A run that was interrupted, or failed, goes on from its last checkpoint when the same command is given again; what does not change
 what is learned, such as cluster.samplers or train.workers, may be other then. A finished run gets more steps with
---resume FOLDER train.steps=….
+--resume FOLDER train.steps=500, which takes the configuration of the folder where none is named.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from types import FrameType
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load, paths
 from flowbp_ray.config.models import check_models
 from flowbp_ray.tracking.store import check_server, masked, tracking_uri
-from pipelines import files_and_overrides, refuse, runs
+from pipelines import check_lasts, parsed, refuse, runs
 from pipelines.waits import advice, waits
 
 
@@ -32,8 +32,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.align", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path, help="a YAML file, such as configs/shapes/sparse.yaml")
-    parser.add_argument("changes", nargs="*", metavar="file | section.setting=value", help="what to change in it")
+    parser.add_argument(
+        "given",
+        nargs="*",
+        metavar="config | section.setting=value",
+        help="a YAML file, such as configs/shapes/sparse.yaml, and what to change in it",
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run of this folder, whatever its state")
     which.add_argument("--new", action="store_true", help="start a new run, though there is an unfinished one that could go on")
@@ -42,8 +46,11 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     only.add_argument(
         "--plan", action="store_true", help="profile each stage here, and say what a run would wait for and what processes suit"
     )
-    args = parser.parse_intermixed_args(given)
-    args.more, args.overrides = files_and_overrides(args.changes)
+    args = parsed(parser, given)
+    if args.resume and not args.files:
+        args.files = [args.resume / runs.CONFIG]
+    if not args.files:
+        parser.error("name a configuration, such as configs/shapes/sparse.yaml")
     return args
 
 
@@ -52,6 +59,8 @@ def main() -> None:
     args = arguments()
     try:
         config, plan, folder, asked = checked(args)
+        if not args.plan:
+            check_server(config.tracking.uri)
         if args.dry_run:
             print(plan)
             if (folder / runs.BEGAN).exists():
@@ -60,7 +69,6 @@ def main() -> None:
         if args.plan:
             plan_placement(config)
             return
-        check_server(config.tracking.uri)
         from pipelines.alignment import align
         from pipelines.causes import reason
         from pipelines.session import cluster
@@ -125,7 +133,8 @@ def checked(args: argparse.Namespace) -> tuple[AlignConfig, str, Path, str | Non
 
     ConfigError, ValueError or OSError, in one sentence, for all that can be found wrong without loading a model.
     """
-    config = load(args.config, args.overrides, args.more)
+    config = load(args.files[0], args.overrides, args.files[1:])
+    check_lasts("output", config.output)
     asked, folder = config.model.revision, chosen(config, args.resume, args.new)
     if folder is None:
         folder = runs.new_folder(config)
@@ -153,8 +162,11 @@ def interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def latest_checkpoint(config: AlignConfig, folder: Path) -> str:
-    """Which checkpoint of a run is the newest that is whole."""
-    newest = runs.Kept(config, folder).newest
+    """Which checkpoint of a run is the newest that is whole. It is asked as a run ends, so no error of storage is raised."""
+    try:
+        newest = runs.Kept(config, folder).newest
+    except OSError as error:
+        return f"its last checkpoint cannot be named: {error}"
     return f"its last checkpoint, of {newest.steps} steps, is {newest.path}" if newest else "it has no checkpoint yet"
 
 
@@ -179,7 +191,9 @@ def intended(config: AlignConfig) -> str:
         embeds.check(config)
     check_rewards(config)
     train, prompts = config.train, read_prompts(config.prompts)
-    reserved = ", ".join(f"{number:g} {kind}s" for kind, number in config.reserved().items() if number)
+    needs = [
+        f"{number:g} {what}" for number, what in zip(config.reserved().values(), ("logical CPUs", "GPUs"), strict=True) if number
+    ]
     pictures = sum(map(len, pictured(config).values())) * (2 if config.evaluation.before else 1)
     return "\n".join(
         [
@@ -187,8 +201,8 @@ def intended(config: AlignConfig) -> str:
             "The first step's surrogate, on a grid without shift:",
             plan_of(config, np.linspace(1, 0, config.sampling.steps + 1), 0).table(),
             "",
-            f"{train.steps} steps of {train.batch} samples from {len(prompts)} prompts, {pictures} pictures to evaluate; "
-            f"processes reserve {reserved}.",
+            f"{train.steps} steps of {train.batch} samples from {len(prompts):,} prompts ({len(set(prompts)):,} different ones); "
+            f"{pictures:,} pictures to evaluate; processes reserve {' and '.join(needs)}.",
             f"MLflow: {masked(tracking_uri(config.tracking.uri))}; files: {config.output}. Nothing was started.",
         ]
     )
@@ -236,8 +250,11 @@ def check_model(setting: str, source: str, file: str, revision: str | None) -> N
     except OSError as error:
         reason = error.__cause__ if isinstance(error, DryRunError) and error.__cause__ else error
         lines = [line for line in str(reason).splitlines() if line]
+        answered = isinstance(reason, HfHubHTTPError)
         # An HTTP error begins with its number, and says in the second line what it is about.
-        raise OSError(f"{nothing} it ({' '.join(lines[: 2 if isinstance(reason, HfHubHTTPError) else 1])})") from error
+        why = " ".join(lines[: 2 if answered else 1])
+        do = "of a gated one accept the licence there, and log in with `hf auth login`" if answered else "is there a network?"
+        raise OSError(f"{nothing} it ({why}): {do} Else download it elsewhere, and give its folder") from error
     if not there:
         raise OSError(f"{nothing} its {file}: name a repository that has it")
 

@@ -1,5 +1,6 @@
 """Training on a Ray cluster: one attempt after the other, each a stream of rollouts and a group of train workers."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -50,16 +51,19 @@ def trained(config: AlignConfig, prompts: list[str], folder: Path, at: Session, 
     """
     kept, tries = Kept(config, folder), 0
     kept.mend()
-    with progress(config.train.steps, "starting samplers and train workers", "step", kept.steps) as bar:
+    steps = kept.steps
+    with progress(config.train.steps, "starting samplers and train workers", "step", steps) as bar:
         while True:
-            began = kept.steps
+            began = steps
             try:
                 return attempt(config, prompts, folder, at, preview, kept, bar)
             except Exception as error:
-                tries = 1 if kept.steps > began else tries + 1
+                with contextlib.suppress(OSError):  # storage that does not answer now is not what went wrong
+                    steps = kept.steps
+                tries = 1 if steps > began else tries + 1
                 if not lost(error) or tries > config.train.retries:
                     raise
-                bar.write(f"lost: {reason(error)}\ngoing on from step {kept.steps}", sys.stderr)
+                bar.write(f"lost: {reason(error)}\ngoing on from step {steps}", sys.stderr)
                 kept.mend()
 
 
@@ -103,19 +107,15 @@ def attempt(
     running = ray.remote(num_cpus=0, max_retries=0, max_calls=1, scheduling_strategy=on_this_node())(TorchTrainer.fit).remote(
         trainer
     )
-    began, told, said, reached, longest = time.monotonic(), False, 0, bar.n, 0.0
+    said, patience = 0, Patience(bar.n)
     try:
         while not ray.wait([running], timeout=0.5)[0]:
             said = look(bar, at.tracker, said)
             kept.copy()
-            since = time.monotonic() - began
-            if bar.n > reached:
-                began, told, reached, longest = began + since, False, bar.n, max(longest, since)
-            elif not told and since > max(PATIENCE, 10 * longest):
-                told = True
+            if patience.ends(bar.n):
                 missing = f"{config.reserved()} are needed, free are {ray.available_resources()}"
                 missing += "; torch.compile takes minutes too" if config.cluster.compile else ""
-                bar.write(f"no step for {since:.0f} seconds: {missing}", sys.stderr)
+                bar.write(f"no step for {time.monotonic() - patience.since:.0f} seconds: {missing}", sys.stderr)
         look(bar, at.tracker, said)
     except BaseException:
         ray.cancel(running, force=True)
@@ -125,6 +125,25 @@ def attempt(
         ray.kill(store)  # an error's traceback may hold its handle for as long as that is looked at
     result: Result = ray.get(running)
     return result
+
+
+class Patience:
+    """With steps that do not come, of which a person is told once."""
+
+    def __init__(self, steps: float) -> None:
+        self.steps, self.since, self.longest, self.ended = steps, time.monotonic(), 0.0, False
+
+    def ends(self, steps: float) -> bool:
+        """Whether it ends now, where so many steps are done."""
+        now = time.monotonic()
+        if steps == self.steps:
+            ends = not self.ended and now - self.since > max(PATIENCE, 10 * self.longest)
+            self.ended |= ends
+            return ends
+        if steps > self.steps:  # else an attempt before this one had got further
+            self.longest = max(self.longest, now - self.since)
+        self.steps, self.since, self.ended = steps, now, False
+        return False
 
 
 def placement_groups() -> set[str]:

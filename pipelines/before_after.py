@@ -8,6 +8,7 @@ from flowbp_ray.pictures import Cell, Row, sheet
 from flowbp_ray.rollouts.evaluation import Pictures, differences, scores
 from flowbp_ray.shapes.checker import check
 from flowbp_ray.shapes.evaluation import Score
+from pipelines.report import share
 
 
 def before_after(config: AlignConfig, prompts: list[str], before: Any, after: Any, heading: str) -> Any:
@@ -26,17 +27,17 @@ def before_after(config: AlignConfig, prompts: list[str], before: Any, after: An
 
 
 def table(config: AlignConfig, base: Pictures | None, aligned: Pictures) -> str:
-    """base | aligned | difference, as Markdown: tasks in per cent of pictures right, rewards in their own units."""
+    """base | aligned | difference, as Markdown: tasks in per cent of pictures right, other scores in their own units."""
     before, gained = (None, None) if base is None else (scores(base), differences(base, aligned))
     lines = ["| | base | aligned | difference |", "| --- | ---: | ---: | ---: |"]
     for name, after in scores(aligned).items():
-        scale = 1.0 if name.startswith("reward/") else 100.0
+        scale = 100.0 if share(name) or name == "mean" else 1.0
         columns = [(before, ""), ({name: after}, ""), (gained, "+")]
         cells = ["" if of is None else number(of[name], scale, sign) for of, sign in columns]
         lines.append(f"| {f'**{name}**' if name == 'mean' else name.replace('_', ' ')} | {' | '.join(cells)} |")
     settings, sampling = config.evaluation, config.sampling
     lines.append("")
-    of = f"Means over {settings.per_task} pictures."
+    of = f"Means over {len(aligned['seed'])} pictures; tasks: % of theirs."
     if settings.checked:
         of = (
             f"Tasks: % right by the exact checker, {settings.per_task} pictures each; watermarked: % of all of these (the "

@@ -227,21 +227,20 @@ def keep(uri: str, command: str, given: dict[str, Any], found: list[Result]) -> 
     from flowbp_ray.tracking.store import tracking_uri
 
     store = tracking_uri(uri or None)
-    run = TrackedRun.new(store, "flowbp_ray benchmarks", f"{command} {time.strftime('%Y-%m-%d %H:%M')}")
     client = MlflowClient(store)
-    for key, value in given.items():
-        client.log_param(run.run_id, key, value)
-    for key, value in code_version(CHECKOUT).items():
-        client.set_tag(run.run_id, key, value)
-    for number, (text, figures) in enumerate(found):
-        run.text(text, f"{number}.md")
-        run.text(json.dumps(figures), f"{number}.json")
-        rows = figures if isinstance(figures, list) else figures.get("rows", [figures])
-        for step, row in enumerate(rows):
-            for key, value in row.items():
-                if isinstance(value, int | float) and not isinstance(value, bool):
-                    client.log_metric(run.run_id, f"{number}/{key}", value, step=step)
-    run.finish("FINISHED")
+    with TrackedRun.new(store, "flowbp_ray benchmarks", f"{command} {time.strftime('%Y-%m-%d %H:%M')}") as run:
+        for key, value in given.items():
+            client.log_param(run.run_id, key, value)
+        for key, value in code_version(CHECKOUT).items():
+            client.set_tag(run.run_id, key, value)
+        for number, (text, figures) in enumerate(found):
+            run.text(text, f"{number}.md")
+            run.text(json.dumps(figures), f"{number}.json")
+            rows = figures if isinstance(figures, list) else figures.get("rows", [figures])
+            for step, row in enumerate(rows):
+                for key, value in row.items():
+                    if isinstance(value, int | float) and not isinstance(value, bool):
+                        client.log_metric(run.run_id, f"{number}/{key}", value, step=step)
     return run.info()["page"]
 
 

@@ -4,8 +4,9 @@
     python -m pipelines.compare configs/shapes/sparse.yaml configs/shapes/refl.yaml train.steps=20 --seeds 1
 
 Each configuration is a method, named as its file. They may differ in nothing but `surrogate`, and in the batch of a method
-whose samples are scored more than once, with its micro-batches. Finished cells are not run again: the same command goes on
-where it stopped.
+whose samples are scored more than once, with its micro-batches. So that a cell takes minutes, all have train.steps=30 and
+evaluation.per_task=50, whatever their files say, unless the command gives others. Finished cells are not run again: the same
+command goes on where it stopped.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import numpy as np
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load
 from flowbp_ray.surrogate.quadrature import Grid
-from pipelines import check_lasts, files_and_overrides, refuse
+from flowbp_ray.tracking.store import check_server
+from pipelines import check_lasts, parsed, refuse
 from pipelines.comparison import BASE, Measured, chart, evaluations, grid, read, table
 
 #: Shorter than a recipe's own run, so that a cell takes minutes; overrides change them.
@@ -37,10 +39,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method, with seeds from 0 (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="folder of cells and results (default: compare/ beside the runs)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be run, and start nothing")
-    args = parser.parse_intermixed_args()
+    args = parsed(parser)
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: at least one is needed")
-    args.files, args.overrides = files_and_overrides(args.given)
     if not args.files:
         parser.error("no configuration is named: give YAML files, such as configs/shapes/*.yaml")
     return args
@@ -87,6 +88,8 @@ def main() -> None:
     try:
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ConfigError(f"two configurations are named {twice[0]}: a method is named as its file, so rename one")
+        if BASE in names:
+            raise ConfigError(f"{BASE}.yaml is named as the base model is: a method is named as its file, so rename it")
         planned = {(f.stem, s): cell(f, args.overrides, s) for s in range(args.seeds) for f in args.files}
         first = planned[names[0], 0]
         if not first.evaluation.checked:
@@ -94,7 +97,8 @@ def main() -> None:
         check_budgets({n: planned[n, 0] for n in names})
         folder = (args.output or first.output.parent / "compare").expanduser().absolute()
         check_lasts("--output", folder)
-    except ConfigError as error:
+        check_server(first.tracking.uri)
+    except (ConfigError, ValueError, OSError) as error:
         refuse(error)
     if args.dry_run:
         train, pictures = first.train, 6 * first.evaluation.per_task
@@ -183,12 +187,11 @@ def report(config: AlignConfig, results: list[Measured], folder: Path, seeds: in
         grid([p for p, _ in previewed(config)], shown).save(folder / "pictures.png")
         written.append(folder / "pictures.png")
     logged = config.model_dump(mode="json") | {"surrogate": {"method": "compared", "methods": methods}}
-    tracked = TrackedRun(tracking_uri(config.tracking.uri), config.tracking.experiment, "comparison", config=logged)
-    for measured in results:
-        tracked.metrics({f"{measured.method}/{k}": v for k, v in measured.values.items()}, measured.seed)
-    for path in written:
-        tracked.artifact(path)
-    tracked.finish("FINISHED")
+    with TrackedRun(tracking_uri(config.tracking.uri), config.tracking.experiment, "comparison", config=logged) as tracked:
+        for measured in results:
+            tracked.metrics({f"{measured.method}/{k}": v for k, v in measured.values.items()}, measured.seed)
+        for path in written:
+            tracked.artifact(path)
     info = tracked.info()
     print(f"\n{text}")
     print(*written, f"curves    {info['page']}" + (f"   after: {info['command']}" if info["command"] else ""), sep="\n")

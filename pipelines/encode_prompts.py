@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 
 from flowbp_ray.config import AlignConfig, ConfigError, load, paths
-from pipelines import check_lasts, files_and_overrides, refuse
+from flowbp_ray.config.models import check_model
+from flowbp_ray.tracking.store import masked
+from pipelines import check_lasts, parsed, refuse
 
 
 def arguments() -> argparse.Namespace:
@@ -23,12 +25,17 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.encode_prompts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path, help="a YAML file, as for align; its model and all its prompts are taken")
-    parser.add_argument("changes", nargs="*", metavar="file | section.setting=value", help="what to change in it")
+    parser.add_argument(
+        "given",
+        nargs="+",
+        metavar="config | section.setting=value",
+        help="YAML files, as for align, and what to change in them; the model and all prompts are taken",
+    )
     parser.add_argument("--output", type=Path, required=True, help="the folder, which all machines of a cluster have to share")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what is to be encoded, and start nothing")
-    args = parser.parse_intermixed_args()
-    args.more, args.overrides = files_and_overrides(args.changes)
+    args = parsed(parser)
+    if not args.files:
+        parser.error("name a configuration, such as configs/shapes/sparse.yaml")
     return args
 
 
@@ -37,7 +44,8 @@ def main() -> None:
     args = arguments()
     try:
         # The folder may be in the recipe already, before it is there.
-        config = load(args.config, [*args.overrides, "prompts.embeds=null"], args.more)
+        config = load(args.files[0], [*args.overrides, "prompts.embeds=null"], args.files[1:])
+        check_model(config, None)
         folder = paths.folder_to_be(paths.absolute(args.output))
         check_lasts("--output", folder)
         from pipelines import quiet_libraries
@@ -61,7 +69,7 @@ def main() -> None:
         sys.exit("\ninterrupted: nothing was started")
     try:
         if missing:
-            with cluster(unused(config, "trainer", "reward")):
+            with cluster(unused(config, "trainer", "reward", "judge")):
                 signal.signal(signal.SIGTERM, interrupt)  # `ray job stop`; from now on, since ray.init takes it for itself
                 encode(config, folder, missing)
     except KeyboardInterrupt:
@@ -72,8 +80,8 @@ def main() -> None:
         sys.exit(f"\nstopped: {reason(error)}\nthe same command goes on from what is in {folder}")
     size = sum(f.stat().st_size for f in folder.glob("*.parquet")) / 2**20
     print(f"encoded {len(missing):,} prompts, {len(prompts) - len(missing):,} were there; {folder} has {size:,.1f} MiB")
-    given = shlex.join([*map(str, (args.config, *args.more)), *args.overrides, f"prompts.embeds={folder}"])
-    print(f"next     python -m pipelines.align {given}")
+    given = shlex.join([*map(str, args.files), *args.overrides, f"prompts.embeds={folder}"])
+    print(f"next     python -m pipelines.align {masked(given)}")
 
 
 def intended(config: AlignConfig, folder: Path) -> str:
@@ -86,7 +94,7 @@ def intended(config: AlignConfig, folder: Path) -> str:
         begun.check(embeds.whole_encoder_of(config))
         missing = begun.missing(prompts)
     return (
-        f"{len(prompts):,} prompts, the empty one among them; {len(prompts) - len(missing):,} of them are in {folder}, "
+        f"{len(prompts):,} different prompts, the empty one among them; {len(prompts) - len(missing):,} of them are in {folder}, "
         f"{len(missing):,} are to be encoded by {config.cluster.samplers} processes. Nothing was started."
     )
 

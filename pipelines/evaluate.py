@@ -1,4 +1,4 @@
-"""Sample a prompt file and judge the pictures: a base model, an adapter, an MLflow run or a registered model.
+r"""Sample a prompt file and judge the pictures: a base model, an adapter, an MLflow run or a registered model.
 
     python -m pipelines.evaluate configs/shapes/sparse.yaml
     python -m pipelines.evaluate configs/shapes/sparse.yaml --adapter ~/.flowbp_ray/runs/…/adapter
@@ -20,23 +20,26 @@ import signal
 import sys
 import tempfile
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load, settings
+from flowbp_ray.config.models import check_model
 from flowbp_ray.config.reward import RewardComponent
-from flowbp_ray.files import digest
+from flowbp_ray.config.schema import Model
+from flowbp_ray.files import digest, replace_text
 from flowbp_ray.rollouts.prompts import pictured
-from flowbp_ray.tracking.store import masked, tracking_uri
+from flowbp_ray.tracking.store import check_server, masked, tracking_uri
 from flowbp_ray.training import EXPORT_FILE
-from pipelines import check_lasts, files_and_overrides, refuse
+from pipelines import check_lasts, parsed, refuse
 from pipelines.align import check_rewards, interrupt, pinned
 
 if TYPE_CHECKING:
     from pipelines.report import Result
 
 #: Of the evaluation's settings, what makes pictures and scores what they are; of files the contents count, not their places.
-PROTOCOL = ("per_task", "per_prompt", "seed", "unified_reward")
+PROTOCOL = ("per_task", "per_prompt", "seed")
 
 
 def arguments() -> argparse.Namespace:
@@ -51,9 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--beside", type=Path, nargs="+", default=[], metavar="FOLDER", help="earlier results to compare with")
     parser.add_argument("--output", type=Path, help="the folder (default: evaluations/ beside the runs, named by what is judged)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, and start nothing")
-    args = parser.parse_intermixed_args()
-    args.files, args.overrides = files_and_overrides(args.given)
-    return args
+    return parsed(parser)
 
 
 def main() -> None:
@@ -69,6 +70,7 @@ def main() -> None:
             beside = [read(f) for f in args.beside]
             pictures = sum(map(len, pictured(config).values()))
             folder = prepared(config, adapter, name, args.output, make=not args.dry_run)
+            check_server(config.tracking.uri)
             if args.dry_run:
                 print(masked(dump(config)))
                 print(json.dumps(protocol_of(config), indent=1))
@@ -134,9 +136,11 @@ def store_of(args: argparse.Namespace) -> str:
 def prepared(config: AlignConfig, adapter: Path | None, name: str, output: Path | None, *, make: bool = True) -> Path:
     """The folder of an evaluation of a pinned configuration, made if ``make``: ``output``, else
     one of ``evaluations`` beside the runs, by what is judged and how. ConfigError where it has pictures of something else."""
+    check_model(config, adapter if adapter and (adapter / EXPORT_FILE).exists() else None)
     protocol = protocol_of(config)
     identity = {
         "model": config.model.model_dump(mode="json"),
+        "base": base_of(config.model),
         "adapter": adapter and weights_of(adapter),
         "batch": config.evaluation.batch,  # what is kept together
     }
@@ -153,7 +157,7 @@ def protocol_of(config: AlignConfig) -> dict[str, Any]:
     """All that two results have to have in common to be comparable, beside the model that is judged."""
     from importlib.metadata import version
 
-    evaluation, geneval = config.evaluation, config.evaluation.geneval
+    evaluation, geneval, unified = config.evaluation, config.evaluation.geneval, config.evaluation.unified_reward
     texts = json.dumps(list(pictured(config).items()), sort_keys=True).encode()
     return {
         "sampling": config.sampling.model_dump(mode="json"),
@@ -162,15 +166,18 @@ def protocol_of(config: AlignConfig) -> dict[str, Any]:
         "prompts": "sha256 " + hashlib.sha256(texts).hexdigest()[:16],
         "rewards": {c.name: {"kind": c.kind} | judge_of(c) for c in config.reward.components},
         "shapes_checker": evaluation.checked,
+        "unified_reward": unified and unified.model_dump(mode="json") | {"url": masked(unified.url)},
         "geneval": geneval and {"detector": version_of(geneval.detector), "clip": version_of(geneval.clip)},
         "versions": {package: version(package) for package in ("flowbp_ray", "torch", "diffusers", "transformers")},
     }
 
 
 def judge_of(component: RewardComponent) -> dict[str, str]:
-    """Which function or weights a reward is."""
+    """Which function, of which module's text, or which weights a reward is."""
     if component.kind == "function":
-        return {"path": component.path}
+        module = find_spec(component.path.partition(":")[0])
+        text = {"sha256": digest(Path(module.origin))[:16]} if module and module.has_location and module.origin else {}
+        return {"path": component.path} | text
     return {setting: version_of(source) for setting, source, _ in component.files()}
 
 
@@ -183,6 +190,16 @@ def version_of(source: str) -> str:
         return f"commit {Path(snapshot_download(source, allow_patterns=['*.md'])).name}"  # the folder is named by it
     files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".json"))
     return "sha256 " + hashlib.sha256("".join(digest(f) for f in files).encode()).hexdigest()[:16]
+
+
+def base_of(model: Model) -> dict[str, str] | None:
+    """Which weights a base model's folder has, part by part; a Hugging Face id's commit is its revision."""
+    folder = Path(model.source)
+    if not folder.is_absolute():
+        return None
+    if (size := sum(file.stat().st_size for file in folder.glob("*/*"))) > 2**30:
+        print(f"reading {size / 1e9:.0f} GB in {folder}, to know which weights these are", file=sys.stderr)
+    return {part.name: version_of(str(part)) for part in sorted(folder.iterdir()) if part.is_dir()}
 
 
 def weights_of(folder: Path) -> str:
@@ -207,8 +224,8 @@ def begin(folder: Path, name: str, protocol: dict[str, Any], identity: dict[str,
     for part in ("pictures", "scores"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     text = json.dumps({"name": name, "protocol": protocol, "identity": identity}, indent=1)
-    (folder / "protocol.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+    replace_text(folder / "protocol.json", text + "\n")
+    replace_text(folder / "config.yaml", masked(dump(config)))
 
 
 def evaluated(config: AlignConfig, adapter: Path | None, folder: Path, number: int) -> "Result":
@@ -216,11 +233,12 @@ def evaluated(config: AlignConfig, adapter: Path | None, folder: Path, number: i
     from flowbp_ray.rollouts.evaluation import evaluate
     from pipelines.report import write
     from pipelines.rewarding import rewarding, wait_for
+    from pipelines.runs import alone
     from pipelines.session import progress, quiet_streams
 
     quiet_streams()
     exported = (adapter / EXPORT_FILE).read_bytes() if adapter and (adapter / EXPORT_FILE).exists() else adapter
-    with rewarding(config, folder) as rewards:
+    with alone(folder), rewarding(config, folder) as rewards:
         wait_for(config, rewards)
         with progress(number, "evaluate", "picture") as bar:
             pictures = evaluate(config, rewards, exported, bar.update, folder)
@@ -233,17 +251,16 @@ def finish(config: AlignConfig, folder: Path, results: "list[Result]") -> None:
     from pipelines.report import html, table
 
     text = table(results)
-    (folder / "table.md").write_text(text, encoding="utf-8")
-    (folder / "report.html").write_text(html(results, folder), encoding="utf-8")
+    replace_text(folder / "table.md", text)
+    replace_text(folder / "report.html", html(results, folder))
     named = config.tracking.run_name or f"evaluate {results[0].name}"
-    run = TrackedRun(tracking_uri(config.tracking.uri), config.tracking.experiment, named, config=config.model_dump(mode="json"))
-    rows = [row["prompt"] for some in pictured(config).values() for row in some]
-    run.prompts(config.evaluation.prompts, rows, "evaluation")
-    run.metrics({f"eval/{k}": s.value for k, s in results[0].scores.items()}, 0)
-    run.metrics({f"eval/{k}_error": s.error for k, s in results[0].scores.items()}, 0)
-    for file in ("table.md", "report.html", "protocol.json", "result.json"):
-        run.artifact(folder / file, "evaluation")
-    run.finish("FINISHED")
+    tracking, rows = config.tracking, [row["prompt"] for some in pictured(config).values() for row in some]
+    with TrackedRun(tracking_uri(tracking.uri), tracking.experiment, named, config=config.model_dump(mode="json")) as run:
+        run.prompts(config.evaluation.prompts, rows, "evaluation")
+        run.metrics({f"eval/{k}": s.value for k, s in results[0].scores.items()}, 0)
+        run.metrics({f"eval/{k}_error": s.error for k, s in results[0].scores.items()}, 0)
+        for file in ("table.md", "report.html", "protocol.json", "result.json"):
+            run.artifact(folder / file, "evaluation")
     info = run.info()
     print(f"\n{text}\nreport    {folder / 'report.html'}\npictures  {folder / 'pictures'}")
     command = info["command"].removeprefix(f"{Path.cwd()}/")

@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load
-from pipelines import files_and_overrides, refuse
+from pipelines import parsed, refuse
 from pipelines.study_report import GROWTH_DRAWS, Connectors, picture, table
 
 DEFAULT = Path(__file__).parents[1] / "configs" / "shapes" / "sparse.yaml"
@@ -45,11 +45,10 @@ def arguments() -> argparse.Namespace:
         help="sampling steps at which norms are measured (default: 4 8 12 16 24)",
     )
     parser.add_argument("--output", type=Path, help="folder of the results (default: a new one among the runs)")
-    args = parser.parse_intermixed_args()
-    files, args.overrides = files_and_overrides(args.given)
-    if len(files) > 1:
-        parser.error(f"one configuration is studied at a time, not {' and '.join(map(str, files))}")
-    args.file = files[0] if files else DEFAULT
+    args = parsed(parser)
+    if len(args.files) > 1:
+        parser.error(f"one configuration is studied at a time, not {' and '.join(map(str, args.files))}")
+    args.file = args.files[0] if args.files else DEFAULT
     for name, least in (("samples", 2), ("draws", 3)):
         if (number := vars(args)[name]) < least:
             parser.error(f"--{name} {number}: at least {least} are needed, to see how much they differ")
@@ -67,6 +66,8 @@ def main() -> None:
     try:
         config = load(args.file, args.overrides)
         tracking_uri(config.tracking.uri)  # what is wrong with it is said now, and not after minutes
+        if config.adapter is None:
+            raise ConfigError(f"{args.file} trains all weights, and gradients are studied of an adapter's: set adapter={{}}")
     except (ConfigError, ValueError) as error:
         refuse(error)
     from pipelines import quiet_libraries
@@ -151,19 +152,18 @@ def track(config: AlignConfig, args: argparse.Namespace, figures: dict[str, Any]
     size = {"samples": args.samples, "draws": args.draws, "lengths": args.lengths}
     logged = config.model_dump(mode="json") | {"surrogate": {"method": "gradient_study", **figures["methods"]}, "study": size}
     name = config.tracking.run_name or "gradient_study"
-    run = TrackedRun(tracking_uri(config.tracking.uri), config.tracking.experiment, name, config=logged)
     seen = {f"{m}/{k}": v for m, values in figures["compared"].items() for k, v in values.items() if math.isfinite(v)}
-    run.metrics(seen, 0)
-    for g in figures["growth"]:
-        chain = {"chain/median": median(g["chain"]), "chain/largest": max(g["chain"])}
-        run.metrics({f"growth/{m}": v for m, v in g["norms"].items()} | chain, g["steps"])
-    for order, by_length in figures["connector_errors"].items():
-        for length, error in by_length.items():
-            run.metrics({f"connector_error/order_{order}": error}, length)
-    run.text((folder / "table.md").read_text(encoding="utf-8"), "table.md")
-    for file in ("figures.json", "gradient_study.png"):
-        run.artifact(folder / file)
-    run.finish("FINISHED")
+    with TrackedRun(tracking_uri(config.tracking.uri), config.tracking.experiment, name, config=logged) as run:
+        run.metrics(seen, 0)
+        for g in figures["growth"]:
+            chain = {"chain/median": median(g["chain"]), "chain/largest": max(g["chain"])}
+            run.metrics({f"growth/{m}": v for m, v in g["norms"].items()} | chain, g["steps"])
+        for order, by_length in figures["connector_errors"].items():
+            for length, error in by_length.items():
+                run.metrics({f"connector_error/order_{order}": error}, length)
+        run.text((folder / "table.md").read_text(encoding="utf-8"), "table.md")
+        for file in ("figures.json", "gradient_study.png"):
+            run.artifact(folder / file)
     info = run.info()
     return f"MLflow run {info['run_id']}: {info['page']}" + (f"   after: {info['command']}" if info["command"] else "")
 

@@ -38,7 +38,8 @@ def profile(config: AlignConfig, told: Callable[[str], object]) -> dict[str, flo
             "nccl" if config.cluster.trainer_gpus else "gloo", store=dist.HashStore(), rank=0, world_size=1
         )  # of one, which has all of the model
     told("loading the models of all stages")
-    learner = Learner(config.model_copy(update={"train": config.train.model_copy(update={"workers": 1})}))
+    share = {"workers": 1, "batch": (1 + REPEATS) * config.train.micro_batch}  # the last micro-batch is the step's last too
+    learner = Learner(config.model_copy(update={"train": config.train.model_copy(update=share)}))
     policy, publishing = timed(lambda: list(learner.policy()))
     sampler = Sampler(config, read_prompts(config.prompts), lambda _: policy)
     rewards = here(config)

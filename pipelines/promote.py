@@ -21,8 +21,8 @@ import yaml
 
 from flowbp_ray.config import AlignConfig, ConfigError, load
 from flowbp_ray.rollouts.prompts import pictured
-from flowbp_ray.tracking.store import masked, tracking_uri
-from pipelines import evaluate, files_and_overrides, refuse
+from flowbp_ray.tracking.store import check_server, masked, tracking_uri
+from pipelines import evaluate, parsed, refuse
 from pipelines.align import check_rewards, interrupt, pinned
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ def arguments() -> argparse.Namespace:
         "--metric",
         help="what decides, by its name in the table (default: mean, the exact checker's, else the one reward of weight 0)",
     )
-    args = parser.parse_intermixed_args()
-    args.files, args.overrides = files_and_overrides(args.given)
-    return args
+    return parsed(parser)
 
 
 def main() -> None:
@@ -64,6 +62,7 @@ def main() -> None:
             metric = args.metric or deciding(config)
             check_metric(config, metric)
             check_rewards(config)
+            check_server(config.tracking.uri)
             folders = [evaluate.prepared(config, side.adapter, side.name, None) for side in sides]
             from pipelines.causes import reason
             from pipelines.session import cluster, unused

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from flowbp_ray.config import ConfigError
+from flowbp_ray.files import replace_text
 from flowbp_ray.rollouts.evaluation import TEXTS, Pictures, differences, scores
 from flowbp_ray.rollouts.pictures import picture_file
 from flowbp_ray.shapes.captions import TASKS
@@ -35,8 +36,8 @@ def write(folder: Path, pictures: Pictures) -> Result:
     """The result, kept in the folder: ``result.json``, and ``pictures.json`` with one row a picture."""
     averages = scores(pictures)
     kept = {n: asdict(score) | {"interval": interval(n, score, independent(pictures, n))} for n, score in averages.items()}
-    (folder / "result.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    (folder / "pictures.json").write_text(json.dumps({k: v.tolist() for k, v in pictures.items()}) + "\n", encoding="utf-8")
+    replace_text(folder / "result.json", json.dumps(kept, indent=1) + "\n")
+    replace_text(folder / "pictures.json", json.dumps({k: v.tolist() for k, v in pictures.items()}) + "\n")
     return read(folder)
 
 
@@ -163,11 +164,12 @@ def card(results: list[Result], seed: int, at: Path) -> str:
 
 def rendered(text: str) -> str:
     """The Markdown table and what is below it as HTML."""
-    rows = [[markup.escape(c.strip()) for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    text = markup.escape(text.replace("**", ""))
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     head, body = rows[0], rows[2:]
     lines = ["".join(f"<th scope=col>{c}</th>" if c else "<td></td>" for c in head)]
     lines += ["".join(f"<th scope=row>{c}</th>" if n == 0 else f"<td>{c}</td>" for n, c in enumerate(row)) for row in body]
-    below = markup.escape(text.strip().splitlines()[-1]).replace("**", "")
+    below = text.strip().splitlines()[-1]
     return f"<div class=wide><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table></div><p>{below}</p>"
 
 

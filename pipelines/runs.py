@@ -36,6 +36,7 @@ MAY_DIFFER = (
     "train.keep_checkpoints",
     "train.retries",
     "train.max_skipped",
+    "watch.stop",
     "evaluation.judge_cpus",
     "evaluation.judge_gpus",
     "output",
@@ -101,18 +102,19 @@ def check(config: AlignConfig, folder: Path) -> None:
 def begin(config: AlignConfig, folder: Path, asked: str | None) -> None:
     """Make the folder what a run begins or goes on with; ``asked`` is the model's revision before it was pinned.
 
-    Errors as `check`'s; ConfigError too where the storage has another run's checkpoints by the folder's name.
+    Errors as `check`'s and `alone`'s; ConfigError too where the storage has another run's checkpoints by the folder's name.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / BEGAN).exists():
-        check(config, folder)
+    with alone(folder):  # else a command that is refused would have changed what a run that is going on is
+        if (folder / BEGAN).exists():
+            check(config, folder)
+            began = _began(folder) | {"finished": False}
+        elif there := Kept(config, folder).newest:
+            raise ConfigError(f"{there.path} is another run's: give this one another train.storage, or its folder another name")
+        else:
+            began = {"prompts": _digest(config), "revision": asked, "finished": False}
         replace_text(folder / CONFIG, masked(dump(config)))
-        _note(folder, **_began(folder) | {"finished": False})
-        return
-    if there := Kept(config, folder).newest:
-        raise ConfigError(f"{there.path} is another run's: give this one another train.storage, or its folder another name")
-    replace_text(folder / CONFIG, masked(dump(config)))
-    _note(folder, prompts=_digest(config), revision=asked, finished=False)
+        _note(folder, **began)
 
 
 def finished(folder: Path) -> None:
@@ -128,7 +130,7 @@ def alone(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
-                f"the run in {folder} is going on in another process: wait for it, stop it, or start another run with --new"
+                f"what is in {folder} is going on in another process: wait for it or stop it (--new starts another run)"
             ) from error
         yield
 

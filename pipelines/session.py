@@ -98,10 +98,14 @@ def blind_to(folder: Path, machines: Mapping[str, str]) -> list[str]:
     return [name for name, there in zip(machines, seen, strict=True) if not there]
 
 
-def unused(config: AlignConfig, *kinds: Literal["trainer", "reward"]) -> AlignConfig:
+def unused(config: AlignConfig, *kinds: Literal["trainer", "reward", "judge"]) -> AlignConfig:
     """The configuration without what processes of these kinds reserve: nothing has to be free for what is not started."""
     nothing = {f"{kind}_{what}": 0.0 for kind in kinds for what in ("cpus", "gpus")}
-    return config.model_copy(update={"cluster": config.cluster.model_copy(update=nothing)})
+    changed = {
+        name: section.model_copy(update={key: nothing[key] for key in nothing.keys() & type(section).model_fields})
+        for name, section in (("cluster", config.cluster), ("evaluation", config.evaluation))
+    }
+    return config.model_copy(update=changed)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowbp_ray.config import AlignConfig, ConfigError, load
-from pipelines import files_and_overrides, refuse
+from pipelines import parsed, refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,11 +38,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=25, help="sampler steps, and so the most active ones (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=4, help="of the micro-batch (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("update_cost.png"), help="the plot (default: %(default)s)")
-    args = parser.parse_intermixed_args()
-    files, args.overrides = files_and_overrides(args.given)
-    if len(files) > 1:
-        parser.error(f"one configuration is counted at a time, not {' and '.join(map(str, files))}")
-    args.file = files[0] if files else RECIPE
+    args = parsed(parser)
+    if len(args.files) > 1:
+        parser.error(f"one configuration is counted at a time, not {' and '.join(map(str, args.files))}")
+    args.file = args.files[0] if args.files else RECIPE
     if args.steps < 2 or args.samples < 1:
         parser.error(f"--steps {args.steps} --samples {args.samples}: at least 2 steps and 1 sample are needed")
     return args

@@ -185,7 +185,7 @@ def continued(folder: Path) -> Iterator[list[str]]:
         "reward.components.0.clip=1",
         "adapter.rank=8",
         "sampling.guidance_scale=1",
-        "watch.stop=true",
+        "watch.window=3",
         "tracking.experiment=other",
     ):
         yield ["--resume", str(run), other]

@@ -24,16 +24,23 @@ LARGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 
 def check_models(config: AlignConfig) -> None:
     """Look at the model and the adapter to start from, as far as they are on this machine."""
-    source = Path(config.model.source)
-    if source.is_absolute():
-        check_pipeline(source, texts=config.prompts.embeds is None)
-        check_settings(config, source)
-        if config.cluster.attention and _json(source / paths.MODEL_INDEX)["_class_name"] == FAMILIES[0]:
-            raise ValueError(f"cluster.attention: diffusers has no choice of backends for a {FAMILIES[0]}; set it to null")
-    if config.adapter and config.adapter.init_from:
+    start = config.adapter.init_from if config.adapter else None
+    check_model(config, start)
+    if start:
         check_start(config)
-        if source.is_absolute():
-            check_fits(config.adapter.init_from, source)
+
+
+def check_model(config: AlignConfig, adapter: Path | None) -> None:
+    """Look at the model, and whether an adapter is one of it, if the model is on this machine."""
+    source = Path(config.model.source)
+    if not source.is_absolute():
+        return
+    check_pipeline(source, texts=config.prompts.embeds is None)
+    check_settings(config, source)
+    if config.cluster.attention and _json(source / paths.MODEL_INDEX)["_class_name"] == FAMILIES[0]:
+        raise ValueError(f"cluster.attention: diffusers has no choice of backends for a {FAMILIES[0]}; set it to null")
+    if adapter:
+        check_fits(adapter, source)
 
 
 def check_pipeline(folder: Path, *, texts: bool = True) -> None:

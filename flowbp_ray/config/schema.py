@@ -27,7 +27,7 @@ class Model(Section):
     revision: Text | None = None
     """Branch, tag or commit of a Hugging Face id; null takes its main branch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the model computes in; latents, sigmas and sums are float32 all the same."""
+    """Number format that the model computes in; latents, sigmas and sums are float32 with either."""
 
     @property
     def source(self) -> str:
@@ -42,8 +42,8 @@ class Prompts(Section):
     """A text file with one prompt a line, a .jsonl file with "prompt" in every line, or a .json file with a list of either;
     ``shapes`` means the embedded world's training prompts."""
     embeds: paths.ExistingFolder | None = None
-    """A folder that ``python -m pipelines.encode_prompts`` filled, so that nobody loads text encoders; null encodes prompts when
-    they are needed."""
+    """A folder that ``python -m pipelines.encode_prompts`` filled, so that no process loads text encoders; null encodes prompts
+    when they are needed."""
 
     @property
     def file(self) -> Path | None:
@@ -55,17 +55,18 @@ class Sampling(Section):
     """How pictures are sampled, in training and in evaluation."""
 
     steps: PositiveInt = 12
-    """Sampler steps T, velocity evaluations per picture."""
+    """Steps of the sampler, T: the number of velocity evaluations for a picture."""
     guidance_scale: NonNegativeFloat = 3.0
     """Weight of classifier-free guidance; at 1 and below there is none."""
     batched_branches: bool = True
-    """Guidance's two branches in one batch; false evaluates one after the other, for half the memory."""
+    """Evaluate guidance's two branches in one batch; false evaluates one after the other, for half the memory."""
     grid: Literal["training", "stock"] = "training"
-    """Noise levels: linspace(1, 1/steps), shifted once as the models were aligned, or what the stock pipeline takes by itself."""
+    """Noise levels: ``training`` takes linspace(1, 1/steps), shifted once, as when the models were aligned; ``stock`` takes those
+    of the stock pipeline."""
     height: Pixels = 64
-    """Pixels."""
+    """Height of a picture, in pixels."""
     width: Pixels = 64
-    """Pixels."""
+    """Width of a picture, in pixels."""
 
 
 class AlignConfig(Section):
@@ -87,12 +88,17 @@ class AlignConfig(Section):
     """The folder for checkpoints and exported adapters."""
 
     def reserved(self) -> dict[str, float]:
-        """CPUs and GPUs that all processes reserve together; one more CPU is for what only waits or passes on."""
-        c, workers = self.cluster, self.train.workers
+        """CPUs and GPUs that all processes reserve together, train workers or judges, whichever are more, as one comes after the
+        other; one more CPU is for what only waits or passes on."""
+        c, workers, judges = self.cluster, self.train.workers, self.cluster.rewards.most
         rewards = [] if self.reward.application else [c.rewards, *(r.deployment for r in self.reward.components if r.deployment)]
         return {
-            "CPU": c.samplers * c.sampler_cpus + workers * c.trainer_cpus + sum(r.replicas * r.cpus for r in rewards) + 1,
-            "GPU": c.samplers * c.sampler_gpus + workers * c.trainer_gpus + sum(r.replicas * r.gpus for r in rewards),
+            "CPU": c.samplers * c.sampler_cpus
+            + sum(r.replicas * r.cpus for r in rewards)
+            + max(workers * c.trainer_cpus + 1, judges * self.evaluation.judge_cpus),
+            "GPU": c.samplers * c.sampler_gpus
+            + sum(r.replicas * r.gpus for r in rewards)
+            + max(workers * c.trainer_gpus, judges * self.evaluation.judge_gpus),
         }
 
     @model_validator(mode="after")
@@ -121,6 +127,8 @@ class AlignConfig(Section):
                 "before it takes the next, so two of them would be on one, which NCCL refuses; give each more than half of one, "
                 "or use one worker"
             )
+        if self.cluster.trainer_cpus == self.cluster.trainer_gpus == 0:
+            wrong.append("cluster.trainer_cpus and cluster.trainer_gpus are 0: Ray Train's workers have to reserve some of one")
         if self.cluster.max_samplers is not None and train.policy_lag == 0:
             wrong.append(
                 f"cluster.max_samplers is {self.cluster.max_samplers}, but train.policy_lag is 0: no sampler has work while one "

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from flowbp_ray.evaluators import Row
-from flowbp_ray.shapes.evaluation import Score
+from flowbp_ray.shapes.evaluation import Score, average
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -156,9 +156,6 @@ def summary(rows: Sequence[Row], right: np.ndarray) -> dict[str, Score]:
         raise ValueError(f"no pictures were judged for {', '.join(missing)}: the mean needs all six tasks")
     scores = {}
     for tag in TAGS:
-        own = np.asarray(right, np.float64)[tags == tag]
-        _, prompt = np.unique(prompts[tags == tag], return_inverse=True)
-        error = np.linalg.norm(np.bincount(prompt, own - own.mean())) / len(own)
-        scores[tag] = Score(float(own.mean()), float(error))
+        scores[tag] = average(np.asarray(right)[tags == tag], prompts[tags == tag])
     mean, error = np.mean([s.value for s in scores.values()]), np.linalg.norm([s.error for s in scores.values()]) / len(TAGS)
     return scores | {"mean": Score(float(mean), float(error))}

@@ -77,9 +77,10 @@ def evaluate(
 
 def scores(pictures: Pictures) -> dict[str, Score]:
     """Where pictures are right or wrong the six tasks and their ``mean``; of all else that is said of them the mean; with
-    standard errors."""
-    averages = {}
-    if "right" in pictures and set(pictures["task"]) <= set(TASKS):
+    standard errors. A file's prompts are some of all that could be asked for, so they count as what is independent, and not each
+    prompt's pictures; the embedded world's are drawn evenly from all that a task has."""
+    averages, shapes = {}, set(pictures["task"]) <= set(TASKS)
+    if "right" in pictures and shapes:
         averages = six_tasks({task: pictures["right"][pictures["task"] == task] for task in TASKS})
     elif "right" in pictures:
         from flowbp_ray.evaluators import geneval_rules
@@ -87,7 +88,7 @@ def scores(pictures: Pictures) -> dict[str, Score]:
         rows = [{"tag": task, "prompt": prompt} for task, prompt in zip(pictures["task"], pictures["prompt"], strict=True)]
         averages = geneval_rules.summary(rows, pictures["right"])
     others = (k for k in pictures if k not in (*TEXTS, "seed", "right"))
-    return averages | {name: average(pictures[name]) for name in others}
+    return averages | {name: average(pictures[name], None if shapes else pictures["prompt"]) for name in others}
 
 
 def differences(before: Pictures, after: Pictures) -> dict[str, Score]:

@@ -24,10 +24,15 @@ class Score:
         return f"{100 * self.value:.1f} ± {100 * self.error:.1f} %"
 
 
-def average(values: Sequence[float] | np.ndarray) -> Score:
-    """The mean of what is independent, with its standard error; of booleans the share that is true."""
+def average(values: Sequence[float] | np.ndarray, groups: Sequence[str] | np.ndarray | None = None) -> Score:
+    """The mean, of booleans the share that is true, with its standard error, for which values are independent, or ``groups`` of
+    them, given by a name for each value."""
     array = np.asarray(values, np.float64)
-    return Score(float(array.mean()), float(array.std() / np.sqrt(len(array))))
+    apart = array - array.mean()
+    if groups is not None:
+        _, group = np.unique(groups, return_inverse=True)
+        apart = np.bincount(group, apart)
+    return Score(float(array.mean()), float(np.linalg.norm(apart) / len(array)))
 
 
 def six_tasks(values: Mapping[str, Sequence[float] | np.ndarray]) -> dict[str, Score]:

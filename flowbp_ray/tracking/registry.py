@@ -21,7 +21,7 @@ from mlflow.models import Model
 
 from flowbp_ray.config import AlignConfig, ConfigError
 from flowbp_ray.files import digest
-from flowbp_ray.tracking.store import masked
+from flowbp_ray.tracking.store import is_there, masked
 from flowbp_ray.training import EXPORT_FILE
 
 #: Of a version: what it is, and what became of it when it stood against the champion.
@@ -170,6 +170,8 @@ class Found:
 
 def find(uri: str, what: str) -> Found:
     """Look a run's id, ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS`` up. ConfigError if there is none."""
+    if not is_there(uri):  # MLflow would make it
+        raise nothing(uri, what, FileNotFoundError("the database does not exist"))
     client = MlflowClient(uri)
     try:
         if what.startswith("models:/"):

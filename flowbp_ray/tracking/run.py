@@ -1,5 +1,6 @@
 """One alignment's MLflow run: every MLflow call of it, in the one process that holds this object."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -10,12 +11,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.exceptions import MlflowException
 
 from flowbp_ray.tracking.store import SERVERS, artifact_root, make_room, masked
 
@@ -79,6 +82,17 @@ class TrackedRun:
     def _begin(self, uri: str, experiment_id: str, run_id: str) -> None:
         self.uri, self.experiment_id, self.run_id = uri, experiment_id, run_id
         self._client = MlflowClient(uri)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """End the run as the block ended. An error of the block stays the error, also where the store answers no more."""
+        if kind is None:
+            self.finish("FINISHED")
+            return
+        with contextlib.suppress(MlflowException):
+            self.finish("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
 
     def metrics(self, values: dict[str, float], step: int, when: int | None = None) -> None:
         """Log the values at a step, all or none; a metric that has a point there already keeps it. ``when`` they were measured

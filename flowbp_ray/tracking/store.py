@@ -53,6 +53,11 @@ def masked(text: str) -> str:
     return re.sub(r"(://[^/@:\s]*):[^@\s]*@", r"\1:***@", text)
 
 
+def is_there(uri: str) -> bool:
+    """False where a SQLite file is not there yet."""
+    return _scheme(uri) != "sqlite" or _database(uri).exists()
+
+
 def make_room(uri: str) -> None:
     """Make the folder of a SQLite file, which SQLite does not; OSError if it cannot be made."""
     if _scheme(uri) == "sqlite":

@@ -82,7 +82,7 @@ def train_loop(job: Job) -> str | None:
 
         with newest.as_directory() as folder:
             progress, _ = check(Path(folder))
-            if progress.stopped or progress.version >= job.config.train.steps:
+            if (progress.stopped and job.config.watch.stop) or progress.version >= job.config.train.steps:
                 return progress.stopped
             worker = TrainWorker(job, rank, Path(folder))
     return worker.run()
@@ -114,6 +114,7 @@ class TrainWorker:
         config, learner, steps = self.config, self.learner, self.config.train.steps
         self.announce()
         progress = learner.progress
+        progress.stopped = None  # or it is to go on all the same
         held_out = [f"reward/{c.name}" for c in config.reward.components if c.weight == 0]
         watch = CollapseWatch(config.watch, held_out, progress.watch)
         progress.watch = watch.state

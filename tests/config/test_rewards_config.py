@@ -41,6 +41,16 @@ def test_rewards_of_their_own_reserve_theirs_and_a_running_application_nothing()
     assert load(SPARSE, [own, "reward.application=rewards"]).reserved()["CPU"] == plain["CPU"] - 1
 
 
+def test_judges_reserve_theirs_after_the_train_workers():
+    def reserved(*more):
+        return load(SPARSE, ["cluster.reward_max_replicas=2", *more]).reserved()
+
+    assert reserved("evaluation.judge_cpus=0.5") == reserved()  # no more than train workers
+    judged = reserved("evaluation.judge_cpus=4", "evaluation.judge_gpus=1")
+    workers = load(SPARSE, []).train.workers * load(SPARSE, []).cluster.trainer_cpus
+    assert judged == {"CPU": reserved()["CPU"] - workers - 1 + 2 * 4, "GPU": 2}
+
+
 @pytest.mark.parametrize(
     "override", ["reward.components.0.deployment={replicas: 2, max_replicas: 1}", "cluster.reward_max_replicas=0"]
 )

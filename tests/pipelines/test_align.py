@@ -12,10 +12,11 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors.torch import save_file
 
-from flowbp_ray.config import load
+from flowbp_ray.config import load, models
 from flowbp_ray.training import EXPORT_FILE
 from pipelines import align
 
+BASE = Path(__file__).parents[2] / "flowbp_ray" / "shapes" / "models" / "base"
 CONFIG = str(Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml")
 
 
@@ -91,12 +92,16 @@ def test_what_is_wrong_is_said_in_one_sentence_without_a_traceback(override, sen
 
 def test_an_adapter_of_another_rank_is_no_start_before_anything_is_started(tmp_path):
     metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps({"transformer.lora_alpha": 16.0})}
+    config = load(Path(CONFIG), [f"adapter.init_from={tmp_path}"])
     save_file({"transformer.a.lora_A.weight": torch.zeros(8, 2)}, tmp_path / EXPORT_FILE, metadata)
-    overrides = [f"adapter.init_from={tmp_path}"]
-    with pytest.raises(ValueError, match=r"has rank 8: set adapter\.rank, which is 4, to that"):
-        align.intended(load(Path(CONFIG), overrides))
     with pytest.raises(ValueError, match=r"is another model's: .* has no a in its transformer"):
-        align.intended(load(Path(CONFIG), [*overrides, "adapter.rank=8"]))
+        align.intended(config)
+    name, (out, into) = next((n, s) for n, s in models.headers(BASE / "transformer").items() if n.endswith("attn.to_q.weight"))
+    module = f"transformer.{name.removesuffix('.weight')}"
+    matrices = {f"{module}.lora_A.weight": torch.zeros(8, into), f"{module}.lora_B.weight": torch.zeros(out, 8)}
+    save_file(matrices, tmp_path / EXPORT_FILE, metadata)
+    with pytest.raises(ValueError, match=r"has rank 8: set adapter\.rank, which is 4, to that"):
+        align.intended(config)
 
 
 def test_no_password_in_a_dry_run():
@@ -116,10 +121,30 @@ def test_ctrl_c_before_anything_is_started_is_one_sentence(monkeypatch):
     assert caught.value.code == "\ninterrupted: nothing was started"
 
 
-def test_a_missing_configuration_is_named(tmp_path):
-    result = run(str(tmp_path / "none.yaml"))
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["none.yaml"], "none.yaml"),
+        (["train.steps=3"], "name a configuration, such as configs/shapes/sparse.yaml"),
+        ([CONFIG, "--train.steps=3"], "unrecognized arguments: --train.steps=3 (settings have no dashes: train.steps=3)"),
+        ([CONFIG, f"output={CONFIG}/runs"], f"but {CONFIG} is no folder that can be written to: name another one"),
+        ([CONFIG, "tracking.uri=http://127.0.0.1:9", "--dry-run"], "the MLflow server http://127.0.0.1:9 does not answer"),
+    ],
+)
+def test_what_is_wrong_with_a_command_is_said(given, sentence):
+    result = run(*given)
     assert result.returncode == 2
-    assert "none.yaml" in result.stderr
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_storage_that_does_not_answer_as_a_run_ends_does_not_hide_why(monkeypatch, tmp_path):
+    def unreachable(*_):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(align.runs.Kept, "_read", unreachable)
+    said = align.latest_checkpoint(load(Path(CONFIG), []), tmp_path)
+    assert said == "its last checkpoint cannot be named: no route to host"
 
 
 def test_the_hub_is_asked_for_a_models_file_and_nothing_is_downloaded(monkeypatch, tmp_path):

@@ -10,8 +10,8 @@ from ray.train import WorkerGroupError
 from tqdm import tqdm
 
 from flowbp_ray.config import load
-from pipelines import runs
-from pipelines.attempts import Parts, attempt, follow
+from pipelines import attempts, runs
+from pipelines.attempts import PATIENCE, Parts, Patience, attempt, follow
 from pipelines.causes import lost, reason
 from pipelines.session import Session
 from pipelines.stand_ins import Pace, Reward, Sampler, paced
@@ -30,6 +30,54 @@ def test_the_bar_shows_reward_pace_and_time_left():
     assert "2/4" in last
     assert "preference=3.14" in last
     assert "objective" not in last
+
+
+def test_patience_ends_once_and_by_the_pace_of_new_steps(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(attempts.time, "monotonic", lambda: now)
+    patience, told = Patience(70), []  # a lost attempt had got there, and this one begins at 50
+    for done in range(51, 73):
+        now += 30
+        told += [patience.ends(done), patience.ends(done)]
+    assert not any(told)
+    for seconds in (290, 11, 300):  # the longest step had 30
+        now += seconds
+        told.append(patience.ends(72))
+    assert told[-3:] == [False, True, False]
+    assert PATIENCE < 300
+
+
+def test_storage_that_does_not_answer_is_not_what_went_wrong(monkeypatch, tmp_path):
+    """A worker is lost while it does not: training goes on when it answers."""
+
+    class Kept:
+        asked = 0
+
+        def __init__(self, *_):
+            pass
+
+        def mend(self):
+            pass
+
+        @property
+        def steps(self):
+            self.asked += 1
+            if self.asked == 2:
+                raise OSError("the checkpoints cannot be read")
+            return 0
+
+    def attempt(*_):
+        attempts_made.append(1)
+        if len(attempts_made) == 1:
+            raise ray.exceptions.ActorDiedError
+        return "trained"
+
+    attempts_made = []
+    monkeypatch.setattr(attempts, "Kept", Kept)
+    monkeypatch.setattr(attempts, "attempt", attempt)
+    config = load(SPARSE, [f"output={tmp_path}"])
+    assert attempts.trained(config, [], tmp_path, None, []) == "trained"
+    assert len(attempts_made) == 2
 
 
 @pytest.mark.drill

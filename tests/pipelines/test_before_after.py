@@ -9,6 +9,7 @@ from flowbp_ray.config import ConfigError, load
 from flowbp_ray.rollouts.evaluation import differences, scores
 from flowbp_ray.rollouts.prompts import pictured
 from flowbp_ray.shapes.captions import TASKS
+from flowbp_ray.shapes.evaluation import Score
 from pipelines.alignment import previewed
 from pipelines.before_after import before_after, table
 
@@ -53,6 +54,17 @@ def test_scores_of_all_figures():
     assert set(scores(pictures(0.4, 1))) == {*TASKS, "mean", "watermarked", "reward/preference"}
 
 
+def test_a_files_prompts_are_what_is_independent_and_not_their_pictures():
+    reward, prompts = np.array([1.0, 1.1, 3.0, 3.1]), ["a cat", "a cat", "a dog", "a dog"]
+    of_file = {"task": np.array(["prompts"] * 4), "seed": np.arange(4), "reward/r": reward}
+    apart = scores(of_file | {"prompt": np.array(["a cat", "a dog", "an owl", "a hen"])})["reward/r"]
+    assert apart.error == pytest.approx(reward.std() / 2)
+    together = scores(of_file | {"prompt": np.array(prompts)})["reward/r"]
+    assert together == Score(apart.value, pytest.approx(np.hypot(2.0, 2.0) / 4))  # 4 deviations, which come in pairs
+    world = of_file | {"task": np.array([TASKS[0]] * 4), "prompt": np.array(prompts)}
+    assert scores(world)["reward/r"].error == apart.error  # of all prompts that there are
+
+
 def test_a_file_of_prompts_is_judged_by_the_rewards_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("a cat\n\na dog\n", encoding="utf-8")
     config = load(SPARSE, [f"evaluation.prompts={tmp_path / 'mine.txt'}", "evaluation.per_task=3", "sampling.width=96"])
@@ -60,7 +72,9 @@ def test_a_file_of_prompts_is_judged_by_the_rewards_alone(tmp_path):
     assert [prompt for prompt, _ in previewed(config)] == ["a cat", "a dog"] * 4
     only = {k: v for k, v in pictures(0.4, 1).items() if k not in ("right", "watermarked")}
     assert set(scores(only)) == {"reward/preference"}
-    assert "Means over 3 pictures." in table(config, only, only)
+    assert "Means over 240 pictures;" in table(config, only, only)
+    judged = only | {"alignment": np.full(240, 3.5), "prompt": np.array(["a cat"] * 240)}
+    assert "| alignment | 3.50 ± 0.00 |" in table(config, judged, judged)
     sheet = before_after(config, ["a cat"], np.zeros((1, 64, 96, 3), np.uint8), np.ones((1, 64, 96, 3), np.uint8), "after")
     assert sheet.size[0] > 96
 

@@ -68,6 +68,7 @@ def test_more_scored_samples_are_refused(tmp_path):
         (["train.steps=2"], "no configuration is named"),
         ([SPARSE, "--seeds", "0"], "--seeds 0: at least one is needed"),
         ([SPARSE, SPARSE], "two configurations are named sparse"),
+        (["base.yaml"], "base.yaml is named as the base model is: a method is named as its file, so rename it"),
         ([SPARSE, "train.stepz=2"], "train.stepz"),
         (["none.yaml"], "none.yaml"),
     ],

@@ -1,14 +1,19 @@
 """What the command says before it starts anything; tests/e2e has it evaluate."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from flowbp_ray.config import load
+from flowbp_ray.training import EXPORT_FILE
 from pipelines import evaluate
 
+BASE = Path(__file__).parents[2] / "flowbp_ray" / "shapes" / "models" / "base"
 SPARSE = str(Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml")
 SMALL = ["evaluation.per_task=2"]
 
@@ -87,3 +92,46 @@ def test_weights_of_the_judges_are_part_of_the_protocol(tmp_path):
     assert protocols[0]["preference"] == protocols[1]["preference"]
     differ = [k for k in protocols[0]["judge"] if protocols[0]["judge"][k] != protocols[1]["judge"][k]]
     assert differ == ["path", "encoder"]  # the tokenizer is in the same folder
+
+
+def test_contents_of_the_model_and_of_a_function_decide_whether_pictures_are_there_already(tmp_path, monkeypatch):
+    shutil.copytree(BASE, tmp_path / "model")
+    (tmp_path / "mine_here.py").write_text("def score(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    component = "reward.components.1={name: mine, kind: function, path: 'mine_here:score', weight: 0}"
+    config = load(Path(SPARSE), [component, f"model.path={tmp_path}/model", f"output={tmp_path}/runs"])
+    folders = [evaluate.prepared(config, None, "base", None, make=False)]
+    assert folders == [evaluate.prepared(config, None, "base", None, make=False)]
+    (file,) = (tmp_path / "model" / "transformer").glob("*.safetensors")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    folders.append(evaluate.prepared(config, None, "base", None, make=False))
+    (tmp_path / "mine_here.py").write_text("def score(images, prompts):\n    return -images.mean((1, 2, 3))\n")
+    folders.append(evaluate.prepared(config, None, "base", None, make=False))
+    assert len(set(folders)) == 3
+
+
+def test_a_model_that_is_not_whole_and_an_adapter_of_another_one_are_refused(said, tmp_path):
+    shutil.copytree(BASE, tmp_path / "model")
+    (weights,) = (tmp_path / "model" / "transformer").glob("*.safetensors")
+    weights.unlink()
+    out = ["--output", tmp_path / "out", "--dry-run"]
+    assert "has to have its weights in .safetensors, and has none" in said(SPARSE, f"model.path={tmp_path}/model", *out)
+    save_file({"transformer.a.lora_A.weight": torch.zeros(8, 2)}, tmp_path / EXPORT_FILE)
+    assert "is another model's" in said(SPARSE, "--adapter", tmp_path, *out)
+
+
+def test_no_password_is_kept(tmp_path):
+    judge = "evaluation.unified_reward={url: 'http://me:secret@x:1/v1'}"
+    config = load(Path(SPARSE), [judge, "tracking.uri=postgresql://me:secret@db/mlflow", f"output={tmp_path}/runs"])
+    folder = evaluate.prepared(config, None, "base", None)
+    kept = [file.read_text() for file in folder.iterdir() if file.is_file()]
+    assert len(kept) == 2
+    assert all(":***@" in text for text in kept)
+    assert not any("secret" in text for text in kept)
+
+
+def test_looking_for_what_is_not_there_makes_no_database(said, tmp_path):
+    uri = f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
+    assert said(uri, "--adapter", "nothing", "--dry-run").endswith("the database does not exist")
+    assert not list(tmp_path.iterdir())

@@ -17,6 +17,12 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def test_all_weights_are_refused_before_anything_is_loaded():
+    result = run(CONFIG, "adapter=null", "train.sharded=true", "train.velocity_penalty=0")
+    assert result.returncode == 2
+    assert "trains all weights, and gradients are studied of an adapter's: set adapter={}" in result.stderr
+
+
 @pytest.mark.slow
 def test_table_figures_picture_and_mlflow_run_are_written(tmp_path):
     uri, folder = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "study"

@@ -54,8 +54,9 @@ def test_where_more_processes_do_not_help_none_are_suggested():
     assert "1 overlaps them" in report(in_turn, FIGURES, found)
 
 
-def test_the_command_profiles_and_starts_nothing(tmp_path):
-    small = ["train.batch=2", "train.micro_batch=1", "sampling.steps=4", "surrogate.active_steps=2"]
+@pytest.mark.parametrize("more", [[], ["train.batch=8", "train.sharded=true", "train.unsharded_gradients=true"]])
+def test_the_command_profiles_and_starts_nothing(tmp_path, more):
+    small = ["train.batch=2", "train.micro_batch=1", "sampling.steps=4", "surrogate.active_steps=2", *more]
     given = [str(SPARSE), "--plan", *small, f"output={tmp_path}/runs", f"tracking.uri=sqlite:///{tmp_path}/m.db"]
     done = subprocess.run([sys.executable, "-m", "pipelines.align", *given], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

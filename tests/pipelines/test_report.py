@@ -108,6 +108,7 @@ def test_the_page_has_pictures_of_every_task_by_both_and_nothing_from_elsewhere(
     assert "script" not in page.tags
     assert "b" in page.tags  # the verdicts'; of the prompt it is text
     assert "<th scope=row>single object</th><td>40.0 [26.3, 55.4]</td>" in rendered(table(two))
+    assert "*" not in rendered("| | a |\n| --- | ---: |\n| **mean** | 1 |\n\nAll of **it**.\n")
 
 
 @pytest.mark.parametrize(("wins", "number"), [(0, 5), (5, 5), (3, 7), (60, 100)])

@@ -56,6 +56,7 @@ def test_the_newest_unfinished_run_of_the_configuration_goes_on(tmp_path):
         "train.workers=2",
         "train.micro_batch=3",
         "train.checkpoint_every=7",
+        "watch.stop=true",
         "reward.components.1.deployment={replicas: 2}",
     ],
 )
@@ -91,6 +92,21 @@ def test_a_named_run_gets_more_steps_but_not_fewer_than_it_has(tmp_path):
     assert chosen(configured(tmp_path, "train.steps=90"), None, False) == folder  # if that is interrupted
     with pytest.raises(ConfigError, match=r"has 40 steps, more than train\.steps, which is 30"):
         folder_of(tmp_path, "train.steps=30", "--resume", str(folder))
+
+
+def test_a_command_that_is_refused_leaves_a_run_that_is_going_on_as_it_is(tmp_path):
+    config = configured(tmp_path)
+    folder = begun(config, "1")
+    with runs.alone(folder), pytest.raises(ConfigError, match="is going on in another process"):
+        runs.begin(configured(tmp_path, "train.steps=90"), folder, None)
+    assert chosen(config, None, False) == folder
+
+
+def test_a_run_goes_on_by_its_own_configuration_where_none_is_named(tmp_path):
+    config = configured(tmp_path, "train.learning_rate=1e-3")
+    folder = begun(config, "1")
+    found = checked(arguments(["--resume", str(folder), "train.steps=90"]))
+    assert (found[0].train.learning_rate, found[0].train.steps, found[2]) == (1e-3, 90, folder)
 
 
 def test_other_prompts_are_found_out(tmp_path):

@@ -1,5 +1,6 @@
 """One run on a real SQLite store, read back by MLflow's own client."""
 
+import contextlib
 import math
 import re
 import shlex
@@ -202,6 +203,24 @@ def test_the_status(start, client, status):
     info = client.get_run(run.run_id).info
     assert info.status == status
     assert info.end_time >= info.start_time
+
+
+@pytest.mark.parametrize(("error", "status"), [(None, "FINISHED"), (OSError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+def test_a_block_ends_the_run(start, client, error, status):
+    with contextlib.suppress(OSError, KeyboardInterrupt), start() as run:
+        if error:
+            raise error
+    assert client.get_run(run.run_id).info.status == status
+
+
+def test_a_store_that_is_gone_does_not_hide_the_error_of_a_block(start):
+    def block():
+        with start() as run:
+            run.run_id = "0" * 32
+            raise OSError("mine")
+
+    with pytest.raises(OSError, match="mine"):
+        block()
 
 
 def test_the_working_directory_does_not_matter_between_calls(start, client, monkeypatch):

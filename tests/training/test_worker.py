@@ -24,8 +24,11 @@ def test_a_run_that_is_finished_or_was_stopped_loads_nothing_and_asks_for_nothin
         get_checkpoint=lambda: SimpleNamespace(as_directory=lambda: contextlib.nullcontext(str(tmp_path))),
     )
     monkeypatch.setattr(worker, "train", ray_train)
-    config = load(SPARSE, ["train.steps=3"])
+    config = load(SPARSE, ["train.steps=3", "watch.stop=true"])
     assert train_loop(Job(config, tmp_path, None, None, "rewards", [], (), lambda *_: pytest.fail("a model"))) == stopped
+    if stopped:  # a false alarm
+        monkeypatch.setattr(worker, "TrainWorker", lambda *_: SimpleNamespace(run=lambda: "went on"))
+        assert train_loop(Job(load(SPARSE, ["train.steps=3"]), tmp_path, None, None, "rewards", [], ())) == "went on"
 
 
 def test_the_stream_begins_before_anybody_asks_and_gives_all_in_order():
