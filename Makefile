@@ -1,4 +1,4 @@
-# Every target makes its own .venv, anew whenever pyproject.toml or constraints.txt is newer than it.
+# The first target makes .venv, and a later one makes it anew if pyproject.toml or constraints.txt is newer than it.
 PYTHON ?= python3
 BIN := .venv/bin
 # torch goes in first, by its exact pin: asked for by another package it may bring gigabytes of CUDA libraries.

@@ -27,4 +27,4 @@ class UnifiedReward(Section):
     model: Text = "CodeGoat24/UnifiedReward-7b-v1.5"
     """What the server calls the model."""
     key_variable: Text | None = None
-    """The environment variable that has the server's key; null sends none."""
+    """The environment variable that holds the server's key; null sends no key."""

@@ -22,7 +22,7 @@ def load(path: Path, overrides: Sequence[str], more: Sequence[Path] = ()) -> Ali
     try:
         return AlignConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(sentences(error, AlignConfig)) from error
+        raise ConfigError(sentences(error, AlignConfig, data)) from error
     except OSError as error:  # of a path in it: no permission, too long a name
         raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from error
 
@@ -51,6 +51,9 @@ def _read(path: Path) -> dict[Any, Any]:
     except FileNotFoundError as error:
         hint = "" if path.suffix in (".yaml", ".yml") else "; a single setting is written section.setting=value"
         raise ConfigError(f"there is no configuration {path.absolute()}{hint}") from error
+    except IsADirectoryError as error:
+        files = ", ".join(sorted(f.name for f in path.iterdir() if f.suffix in (".yaml", ".yml")))
+        raise ConfigError(f"{path.absolute()} is a folder: name a file in it ({files or 'it has no .yaml files'})") from error
     except OSError as error:
         raise ConfigError(f"{path.absolute()} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -60,6 +63,12 @@ def _read(path: Path) -> dict[Any, Any]:
         return {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path} has to consist of sections such as 'train:' with 'setting: value' below them")
+    if "applications" in data:
+        raise ConfigError(f"{path} is for Ray Serve (it has applications), and no configuration: start it by serve run {path}")
+    if data.keys() >= {"apiVersion", "kind"}:
+        raise ConfigError(
+            f"{path} is for Kubernetes (it has apiVersion and kind), and no configuration: start it by kubectl apply -f {path}"
+        )
     return data
 
 
@@ -81,7 +90,14 @@ def _changed(node: Any, names: list[str], value: Any, override: str) -> Any:
             return inside | {first: _changed(inside.get(first), rest, value, override)}
         case list():
             if not first.isdecimal() or int(first) >= len(node):
-                raise ConfigError(f"{override!r}: the list has no item {first}, it has {len(node)}, counted from 0")
+                key = override.partition("=")[0].split(".")
+                where = ".".join(key[: len(key) - len(names)])
+                items = [
+                    f"{where}.{i}" + (f" ({item['name']})" if isinstance(item, dict) and "name" in item else "")
+                    for i, item in enumerate(node)
+                ]
+                what = f"a list: write {' or '.join(items)}" if items else f"an empty list: give the whole of it, {where}=[…]"
+                raise ConfigError(f"{override!r}: {where} is {what}")
             return [_changed(item, rest, value, override) if i == int(first) else item for i, item in enumerate(node)]
     raise ConfigError(f"{override!r}: {first} cannot be set inside {node!r}, which is a value and not a section")
 

@@ -21,6 +21,9 @@ TRAINING_PROMPTS = "shapes"
 #: The files that a pipeline's, a reward model's and a tokenizer's folder begin with.
 MODEL_INDEX, REWARD_INDEX, TOKENIZER_INDEX = "model_index.json", "config.json", "tokenizer_config.json"
 
+#: Files that would be read as prompts one a line, and are none.
+NO_PROMPTS = (".csv", ".tsv", ".parquet", ".arrow", ".xls", ".xlsx", ".ods", ".yaml", ".yml", ".gz", ".zip")
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -53,6 +56,8 @@ def prompts(text: str) -> str:
     if text == TRAINING_PROMPTS:
         return text
     path = absolute(text)
+    if path.suffix.lower() in NO_PROMPTS:
+        raise ValueError(f"prompts are not read from {path.suffix} files such as {path}: name a .txt, .jsonl or .json file")
     if not path.is_file():
         raise ValueError(f"there is no file {path}; {TRAINING_PROMPTS!r} means the embedded world's training prompts")
     return str(path)

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from flowbp_ray.config import paths
-from flowbp_ray.config.section import Section, Text
+from flowbp_ray.config.section import NAME, Section, Text
 
 CLIP, BERT = "openai/clip-vit-large-patch14", "google-bert/bert-base-uncased"
 
@@ -49,13 +49,13 @@ class Replicas(Section):
     """Processes of a deployment on Ray Serve."""
 
     replicas: PositiveInt = 1
-    """How many there are, at least."""
+    """Number of processes, at least."""
     max_replicas: PositiveInt | None = None
-    """Up to so many are started while requests wait, and stopped again; null keeps the number."""
+    """Largest number of processes: more are started while requests wait, and stopped again; null keeps the number fixed."""
     cpus: NonNegativeFloat = 1.0
-    """CPUs for each."""
+    """CPUs for each process."""
     gpus: NonNegativeFloat = 0.0
-    """GPUs for each; fractions share one."""
+    """GPUs for each process; with fractions several share one."""
 
     @property
     def most(self) -> int:
@@ -72,24 +72,24 @@ class Replicas(Section):
 class RewardComponent(Section):
     """One reward and its part in the objective J = Σ weight · min(reward, clip)."""
 
-    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-    """Its name in metrics: letters, digits, ``_``, ``.`` and ``-``."""
+    name: Annotated[str, Field(pattern=NAME)]
+    """The name of its metrics."""
     kind: Literal["clip", "clip_score", "hpsv2", "image_reward", "aesthetic", "function"] = "clip"
-    """``clip`` is a CLIPModel's logit scale times cosine, as PickScore's; ``clip_score`` its cosine alone; ``function`` is
-    one's own. flowbp_ray/rewards/README.md has the formula of each."""
+    """``clip`` is a CLIPModel's logit scale times its cosine, as in PickScore; ``clip_score`` is the cosine alone; ``function``
+    is a function of yours. flowbp_ray/rewards/README.md has the formula of each."""
     path: Text
-    """The model: a folder or Hugging Face id, or for a published checkpoint that is one file, the file; ``shapes/reward`` and
-    ``shapes/judge`` mean the embedded ones; of a function package.module:name."""
+    """The model: a folder, a Hugging Face id, or the file where a published checkpoint is a single one; ``shapes/reward`` and
+    ``shapes/judge`` mean the embedded models. For ``function`` it is package.module:name."""
     encoder: Text | None = None
-    """Folder or Hugging Face id of the tokenizer, for ``aesthetic`` of the CLIP; null takes the published one."""
+    """Folder or Hugging Face id of the tokenizer, or for ``aesthetic`` of the CLIP; null takes the published one."""
     weight: NonNegativeFloat
-    """Its factor in the objective; 0 is monitored only."""
+    """Its factor in the objective; with 0 it is only monitored."""
     schedule: Schedule | None = None
-    """Pairs of a step and a factor on the weight from then on, linear between them, as in [[0, 1], [100, 0.2]]; null is 1."""
+    """Pairs of a step and a factor on the weight from then on, linear between them, as in [[0, 1], [100, 0.2]]; null keeps it."""
     clip: float | None = None
-    """Above this score there is nothing more to gain; null is no bound."""
+    """Upper bound of the score in the objective, so that nothing more is gained above it; null sets none."""
     deployment: Replicas | None = None
-    """Processes of its own, which score while others do; null scores where pictures are decoded."""
+    """Processes of its own, which score while other rewards do; null scores in the processes that decode pictures."""
 
     @field_validator("schedule")
     @classmethod
@@ -159,13 +159,17 @@ class Reward(Section):
     components: Annotated[tuple[RewardComponent, ...], Strict(False)]
     """The list of rewards, each with name, path and weight."""
     application: Text | None = None
-    """A Ray Serve application of serve.rewards that runs on the cluster and has these components; null starts one for the run."""
+    """Name of a Ray Serve application of serve.rewards that runs on the cluster and has these components; null starts one for
+    the run."""
     decoder: Literal["plain", "checkpointed"] = "plain"
-    """How the gradient goes through the decoder: ``checkpointed`` computes it again for less memory."""
+    """How the gradient goes through the decoder: ``checkpointed`` computes the decoder again in the backward pass, which takes
+    less memory."""
 
     @field_validator("components")
     @classmethod
     def _objective(cls, components: tuple[RewardComponent, ...]) -> tuple[RewardComponent, ...]:
+        if not components:
+            raise ValueError("the list is empty: give it a component, with name, path and weight")
         names = [c.name for c in components]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"{twice[0]!r} is the name of two components: give each its own")

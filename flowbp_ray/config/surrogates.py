@@ -31,12 +31,9 @@ class Engine(Section):
 class Surrogate(Engine):
     """What the methods share: each has settings of its own beside, those of its file in ``flowbp_ray/surrogate/methods``."""
 
-    method: str
-    """Which surrogate of the sampler is differentiated."""
-    detach_negative: bool = True
-    """No gradient from guidance's negative branch."""
-    compensate_guidance: bool = False
-    """Divide the gradient by the guidance scale."""
+    method: str = Field(description="Which surrogate of the sampler is differentiated.")
+    detach_negative: bool = Field(default=True, description="Take no gradient from the negative branch of guidance.")
+    compensate_guidance: bool = Field(default=False, description="Divide the gradient by the guidance scale.")
 
     def plan(self, sigmas: Grid, generator: np.random.Generator) -> Plan:
         """Draw the surrogate of one step on the grid ``(T + 1,)``; ValueError where it does not go with so many steps."""

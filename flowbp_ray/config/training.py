@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from flowbp_ray.config import paths
 from flowbp_ray.config.evaluators import GenEval, UnifiedReward
 from flowbp_ray.config.reward import Replicas
-from flowbp_ray.config.section import Decay, Section, Text
+from flowbp_ray.config.section import REGISTERED, URI, Decay, Section, Text
 from flowbp_ray.rollouts.wire import WireDtype
 from flowbp_ray.tracking.store import tracking_uri
 
@@ -18,99 +18,104 @@ class Adapter(Section):
     """The LoRA adapter that is trained."""
 
     rank: PositiveInt = 16
-    """Inner width of each pair of matrices."""
+    """Inner width of each pair of matrices: the rank of what they add to a weight."""
     alpha: PositiveInt = 16
     """The adapter's output is scaled by alpha / rank."""
     targets: Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)] | None = None
-    """Endings of the names of adapted modules; null leaves the choice to the backbone, or to ``init_from``."""
+    """Endings of the names of the modules that are adapted; null leaves the choice to the backbone, or to ``init_from``."""
     init_from: paths.ExistingFolder | None = None
     """The folder of an exported adapter to start from; null starts from the base model."""
     export_strength: PositiveFloat = 1.0
-    """Factor on the adapter's scale at export: less than 1 stays nearer to the base model."""
+    """Factor on the adapter's scale at export: values below 1 stay nearer to the base model."""
 
 
 class Train(Section):
     """The updates: AdamW at a constant learning rate."""
 
     steps: PositiveInt = 300
-    """Updates, policy versions after the first."""
+    """Number of updates, each of which makes the next version of the policy."""
     batch: PositiveInt = 32
-    """Samples a step, over all workers."""
+    """Samples in a step, over all workers."""
     micro_batch: PositiveInt = 16
     """Samples that a worker differentiates at once: memory and speed, not the result."""
     gradient_checkpointing: bool = False
-    """Keep only what enters each block and compute the rest again in the backward: less memory, a third more time."""
+    """Keep only what enters each block and compute the rest again in the backward pass: less memory, a third more time."""
     workers: PositiveInt = 1
-    """Train workers that share a batch."""
+    """Number of train workers, which share a batch."""
     sharded: bool = False
-    """Each worker holds a part of the model (FSDP2) and of what belongs to it; if false each holds all of it, and an adapter's
-    gradients are added up once an update. Training all weights needs true."""
+    """Let each worker hold only a part of the model (FSDP2), and of all that belongs to it. With false each worker holds all of
+    it, and an adapter's gradients are added up once an update. Training all weights needs true."""
     unsharded_gradients: bool = False
-    """With sharded: add up gradients once an update and not after every active step, for a whole model's gradients of memory
-    in each worker."""
+    """With ``train.sharded``: add up the workers' gradients once an update instead of after every active step. Each worker then
+    needs memory for the gradients of the whole model."""
     learning_rate: PositiveFloat = 1e-4
-    """AdamW's."""
+    """AdamW's learning rate."""
     betas: Betas = (0.9, 0.999)
-    """AdamW's two decays, each in [0, 1)."""
+    """AdamW's two decay rates, each at least 0 and below 1."""
     eps: PositiveFloat = 1e-8
-    """AdamW's."""
+    """AdamW's epsilon."""
     weight_decay: NonNegativeFloat = 1e-4
-    """AdamW's, per unit of learning rate."""
+    """AdamW's weight decay, per unit of learning rate."""
     max_grad_norm: PositiveFloat = 1.0
-    """A longer gradient is cut to this norm."""
+    """Largest norm of an update's gradient: a longer one is scaled down to it."""
     max_sample_grad_norm: PositiveFloat | None = None
-    """A sample's objective gradient at its reward input that is longer is cut to this norm, so that no sample decides a step
-    alone; null cuts none."""
+    """Largest norm of the gradient of one sample's objective at its reward input: a longer one is scaled down to it, so that no
+    sample decides a step alone; null limits none."""
     max_skipped: NonNegativeInt = 3
-    """A step without a finite gradient makes no update, is warned of and kept for a look; more than so many in a row end the
-    run."""
+    """How many steps in a row may have no finite gradient before the run ends. Such a step makes no update and is
+    warned of; the first in a row is kept in the run's folder."""
     ema: Decay = 0.995
-    """Decay per step of the averaged weights; 0 makes them the raw ones."""
+    """Decay per step of the averaged weights; with 0 they equal the raw ones."""
     policy_lag: Literal[0, 1] = 0
-    """How many versions behind the policy that samples is, exactly: 1 overlaps sampling with training."""
+    """By how many versions, exactly, the policy that samples is behind the one that is trained: 1 overlaps sampling with
+    training."""
     wire_dtype: WireDtype = "float32"
-    """What latents and the rewards' gradients are on their way in: bfloat16 halves their bytes and rounds them."""
+    """Number format in which latents and the rewards' gradients go from process to process: bfloat16 halves their bytes and
+    rounds them."""
     velocity_penalty: NonNegativeFloat = 0.0
-    """Factor on the mean squared distance to the base model's velocity, averaged over the active steps; with an adapter only."""
+    """Factor on the mean squared distance to the base model's velocity, averaged over the active steps; only with an
+    adapter."""
     seed: NonNegativeInt = 0
-    """Of every random draw in training, the choice of prompts among them."""
+    """Seed of every random draw in training, the choice of prompts among them."""
     checkpoint_every: PositiveInt = 50
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: PositiveInt | None = None
-    """How many stay on the disk, the newest or, with ``best``, the best, and beside them always the last one; null keeps all."""
-    storage: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://.+")] | None = None
-    """Where checkpoints are kept, such as s3://bucket/folder: any URI that Ray Train takes; null keeps them in ``output``."""
+    """How many checkpoints stay on the disk: the newest or, with ``train.best``, the best ones, and always the last one beside
+    them; null keeps all."""
+    storage: Annotated[str, Field(pattern=URI)] | None = None
+    """Where checkpoints are kept: any place that Ray Train takes; null keeps them in ``output``."""
     retries: NonNegativeInt = 3
-    """How often training goes on by itself, from its last checkpoint, when a process or machine of it is lost; a new checkpoint
-    starts the count anew."""
+    """How often training goes on by itself, from its last checkpoint, when one of its processes or machines is lost; each new
+    checkpoint starts the count anew."""
     best: Text | None = None
-    """The metric by which the best checkpoint is exported, such as reward/judge: its mean over the steps since the checkpoint
-    before. null exports the last checkpoint."""
+    """The metric that decides which checkpoint is exported, such as reward/judge: the one with the highest mean over the steps
+    since the checkpoint before it. null exports the last checkpoint."""
 
 
 class Watch(Section):
-    """When a run that goes wrong is warned of: flowbp_ray/training/watch.py has the rules."""
+    """When to warn of a run that goes wrong: flowbp_ray/training/watch.py has the rules."""
 
     window: Annotated[int, Field(ge=3)] = 10
-    """Steps over which metrics are averaged."""
+    """Number of steps over which metrics are averaged."""
     held_out_errors: PositiveFloat | None = 5.0
-    """Warn when a reward of weight 0 falls by so many standard errors while the objective rises; null does not watch it."""
+    """Warn when a reward of weight 0 falls by more than this many standard errors while the objective rises; null never does."""
     grad_norm_factor: PositiveFloat | None = 10.0
-    """Warn when gradients stay so many times as long as they were; null does not watch it."""
+    """Warn when the gradient's norm stays above this many times its usual value at the start; null never does."""
     diversity_fraction: Annotated[float, Field(gt=0, lt=1)] | None = 0.5
-    """Warn when the previews' seeds are less than this part as far apart as at the start; null does not watch it."""
+    """Warn when previews of the same prompt from different seeds are less than this fraction as far apart as at the start; null
+    never does."""
     stop: bool = False
     """End the training at the first warning, with a checkpoint that is evaluated and exported as usual."""
 
 
 class Cluster(Section):
-    """Processes and what each reserves; fractions of a CPU or GPU are allowed."""
+    """The processes of a run, and what each reserves; fractions of a CPU or GPU are allowed."""
 
     samplers: PositiveInt = 1
-    """Processes that sample."""
+    """Number of processes that sample pictures."""
     max_samplers: PositiveInt | None = None
-    """Up to so many are started while there is room and work for them, and stopped again; null keeps the number. With
-    train.policy_lag 0 the number is fixed."""
+    """Largest number of samplers: more are started while there is room and work for them, and stopped again; null keeps the
+    number fixed, as it has to be with ``train.policy_lag`` 0."""
     sampler_cpus: NonNegativeFloat = 1.0
     """CPUs for each sampler."""
     sampler_gpus: NonNegativeFloat = 0.0
@@ -120,21 +125,21 @@ class Cluster(Section):
     trainer_gpus: NonNegativeFloat = 0.0
     """GPUs for each train worker."""
     reward_replicas: PositiveInt = 1
-    """Processes that decode and score."""
+    """Number of processes that decode and score pictures."""
     reward_cpus: NonNegativeFloat = 1.0
     """CPUs for each reward replica."""
     reward_gpus: NonNegativeFloat = 0.0
     """GPUs for each reward replica."""
     reward_max_replicas: PositiveInt | None = None
-    """Up to so many are started while requests wait; null keeps the number."""
+    """Largest number of reward replicas: more are started while requests wait; null keeps the number fixed."""
     threads: PositiveInt = 1
-    """torch's threads in each of these processes."""
+    """Number of torch's threads in each of these processes."""
     compile: bool = False
-    """Have torch.compile make kernels of the transformer's blocks in samplers and train workers: minutes when a run starts, less
-    time in each step, results that differ as roundings do. It takes a C++ compiler."""
+    """Compile the transformer's blocks by torch.compile in samplers and train workers: a run takes minutes longer to start, each
+    step takes less time, and results differ by roundings. It needs a C++ compiler."""
     attention: str | None = None
-    """One of diffusers' attention backends by its name (such as _native_flash) in samplers and train workers, for FLUX.1 and
-    FLUX.2, and for Z-Image one that takes a mask; null leaves the choice to torch."""
+    """Name of the attention backend of diffusers (such as _native_flash) for samplers and train workers: any one for FLUX.1 and
+    FLUX.2, one that takes a mask for Z-Image; null leaves the choice to torch."""
 
     @property
     def rewards(self) -> Replicas:
@@ -159,37 +164,39 @@ class Cluster(Section):
 
 
 class Evaluation(Section):
-    """How base and aligned model are compared: same prompts, seeds, guidance and steps."""
+    """How base and aligned model are compared: with the same prompts, seeds, guidance and steps."""
 
     prompts: paths.PromptsPath = "shapes"
-    """A file as in prompts.path, whose pictures the rewards judge, and what else is asked for below; ``shapes`` means the
-    embedded world's six tasks of evaluation prompts, which its exact checker judges too."""
+    """A file of prompts like that of ``prompts.path``: their pictures are judged by the rewards, and by the judges below that are
+    set. ``shapes`` means the embedded world's evaluation prompts of six tasks, which its exact checker judges too."""
     per_task: PositiveInt = 300
-    """Pictures for each of the six tasks, or of a file's prompts, in turn."""
+    """Number of pictures for each of the six tasks, or of a file that has no tasks; its prompts are taken in turn."""
     per_prompt: PositiveInt | None = None
-    """Pictures of each of a file's prompts (GenEval's own is 4), however many; null takes per_task pictures."""
+    """Number of pictures for each prompt of a file, however many prompts it has (GenEval takes 4); null takes
+    ``evaluation.per_task`` pictures."""
     geneval: GenEval | None = None
-    """Judge by GenEval: ``{}`` for its published models; needs ``prompts`` in its format."""
+    """Judge by GenEval: ``{}`` takes its published models. ``evaluation.prompts`` has to be in its format."""
     unified_reward: UnifiedReward | None = None
-    """Judge by UnifiedReward, which a server of yours runs."""
+    """Judge by UnifiedReward, which runs on a server of yours."""
     judge_cpus: NonNegativeFloat = 0.01
-    """CPUs for each process that judges: GenEval's models need whole ones, or a GPU."""
+    """CPUs for each process that judges: GenEval's models need whole CPUs, or a GPU."""
     judge_gpus: NonNegativeFloat = 0.0
     """GPUs for each process that judges."""
     batch: PositiveInt = 50
-    """Pictures sampled at once."""
+    """Number of pictures that are sampled at once."""
     seed: NonNegativeInt = 0
-    """Of the noise that pictures start from."""
+    """Seed of the noise that pictures start from."""
     weights: Literal["ema", "raw"] = "ema"
-    """Which weights are evaluated and exported; sampling in training is always raw."""
+    """Which weights are evaluated and exported, averaged or raw ones; in training the raw ones sample."""
     before: bool = True
     """Evaluate the base model too, for the comparison."""
     preview_prompts: NonNegativeInt = 8
-    """Prompts pictured at the start, along the way and at the end; 0 is none."""
+    """Number of prompts whose pictures are logged at the start, along the way and at the end; 0 logs none."""
     preview_seeds: PositiveInt = 2
-    """Pictures for each of these prompts, of which one is shown; how far they are apart is logged as diversity. 1 has none."""
+    """Number of pictures for each of these prompts. One of them is shown; how far they are apart is logged as diversity, unless
+    it is only one."""
     preview_every: PositiveInt = 25
-    """Steps between previews along the way."""
+    """Steps between these previews."""
 
     @property
     def checked(self) -> bool:
@@ -204,8 +211,9 @@ class Tracking(Section):
     """The MLflow experiment, made if it is new."""
     run_name: Text | None = None
     """The MLflow run's name; null lets MLflow choose."""
-    registered_model: Annotated[str, Field(pattern=r"^[^/:@]+$")] | None = None
-    """The model in MLflow's registry of which each run's export is a version; null takes the base's name and "-aligned"."""
+    registered_model: Annotated[str, Field(pattern=REGISTERED)] | None = None
+    """Name of the model in MLflow's registry that each run's export becomes a version of; null takes the base model's name and
+    "-aligned"."""
     uri: Text | None = None
     """MLflow's tracking URI; null takes MLFLOW_TRACKING_URI, else a database under ~/.flowbp_ray."""
 

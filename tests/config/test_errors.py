@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from flowbp_ray.config import ConfigError, load
@@ -11,6 +13,7 @@ reward:
     - {name: preference, path: shapes/reward, weight: 1}
     - {name: judge, path: shapes/judge, weight: 0}
 """
+CONFIGS = Path(__file__).parents[2] / "configs"
 FIRST = "reward.components.0={name: a, weight: 1, "
 
 
@@ -36,7 +39,9 @@ def good(tmp_path):
         ("trian.steps=20", "trian is no setting: did you mean train?"),
         ("learning_rate=1", "learning_rate is no setting: did you mean train.learning_rate?"),
         ("sampling.lerning_rate=1", "sampling.lerning_rate is no setting: did you mean train.learning_rate?"),
-        ("surrogate.active=3", "surrogate.active is no setting: did you mean surrogate.active_steps?"),
+        ("surrogate.active_step=3", "surrogate.active_step is no setting: did you mean surrogate.active_steps?"),
+        ("train.late_bias=3", "train.late_bias is no setting: did you mean surrogate.late_bias?"),
+        ("train.stop_ratio=3", "train.stop_ratio is no setting: train has steps, batch"),  # another method's
         ("reward.components.0.wieght=3", "reward.components.0.wieght is no setting: did you mean reward.components.0.weight?"),
         ("model.zzz=3", "model.zzz is no setting: model has path, revision, dtype"),
         ("zzz=3", "zzz is no setting: the configuration has model, prompts, sampling"),
@@ -72,7 +77,12 @@ def good(tmp_path):
         ("surrogate.method=sparce", "surrogate.method must be one of 'refl', 'draft_lv', 'drtune', 'leapalign', 'sparse', "),
         ("sampling.height=60", "sampling.height must be a multiple of 8, not 60"),
         ("model.dtype=float16", "model.dtype must be 'float32' or 'bfloat16', not 'float16'"),
-        ("reward.components.0.name=a b", "reward.components.0.name must be text that matches ^\\w[\\w.-]*$, not 'a b'"),
+        ("reward.components.0.name=a b", "reward.components.0.name must be a name of letters, digits, _, . and -, which"),
+        (
+            "train.storage=/tmp/x",
+            "train.storage must be a URI such as s3://bucket/folder (for a local folder set output), not '/tmp",
+        ),
+        ("tracking.registered_model=a/b", "tracking.registered_model must be a name without /, : and @, not 'a/b'"),
         # files
         ("model.path=shpaes", "/shpaes: did you mean 'shapes'?"),
         ("model.path=../no/such", "../no/such: give a folder, a Hugging Face id (owner/name), or shapes"),
@@ -140,15 +150,18 @@ def good(tmp_path):
         ("watch.stopp=true", "watch.stopp is no setting: did you mean watch.stop?"),
         ("reward.components.0.weight=0", "reward.components: no component has a weight above 0"),
         ("reward.components.1.name=preference", "reward.components: 'preference' is the name of two components"),
-        ("reward.components=[]", "reward.components: no component has a weight above 0"),
+        ("reward.components=[]", "reward.components: the list is empty: give it a component, with name, path and weight"),
         # overrides themselves
         ("train.steps", "'train.steps' is no override: write section.setting=value"),
         ("train..steps=3", "'train..steps=3' is no override"),
         ("train.betas=[0.9", "'train.betas=[0.9', line 1: invalid YAML: "),
         ("tracking.run_name=2024-13-45", "'tracking.run_name=2024-13-45': invalid YAML: month must be in 1..12"),
         ("model.path.x=3", "'model.path.x=3': x cannot be set inside 'shapes', which is a value and not a section"),
-        ("reward.components.2.weight=1", "'reward.components.2.weight=1': the list has no item 2, it has 2, counted from 0"),
-        ("reward.components.judge.weight=1", "the list has no item judge"),
+        (
+            "reward.components.2.weight=1",
+            "'reward.components.2.weight=1': reward.components is a list: write reward.components.0 (preference) or reward.",
+        ),
+        ("reward.components.judge.weight=1", "is a list: write reward.components.0 (preference) or reward.components.1 (judge)"),
     ],
 )
 def test_a_bad_override_is_one_sentence(good, override, sentence):
@@ -162,7 +175,7 @@ def test_a_bad_override_is_one_sentence(good, override, sentence):
     [
         (
             "",
-            "model is missing: set model.path\nprompts is missing: set prompts.path\nsurrogate is missing: set surrogate.method",
+            "model is missing: set model.path\nprompts is missing: set prompts.path\nsurrogate.method is missing",
         ),
         ("just words", "has to consist of sections such as 'train:'"),
         ("- a\n- b", "has to consist of sections such as 'train:'"),
@@ -183,7 +196,48 @@ def test_a_bad_file_says_where(tmp_path, text, sentence):
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
     assert refusal(tmp_path / "no.yaml") == f"there is no configuration {tmp_path / 'no.yaml'}"
-    assert refusal(tmp_path) == f"{tmp_path} cannot be read: Is a directory"
+    assert refusal(tmp_path) == f"{tmp_path} is a folder: name a file in it (it has no .yaml files)"
+    for name in ("b.yaml", "a.yml", "c.txt"):
+        (tmp_path / name).touch()
+    assert refusal(tmp_path) == f"{tmp_path} is a folder: name a file in it (a.yml, b.yaml)"
+
+
+def test_a_file_of_changes_alone_is_said_to_come_after_a_recipe(tmp_path):
+    said = refusal(CONFIGS / "placement" / "gpu48.yaml").splitlines()[2]
+    assert said.startswith("surrogate.method is missing: set it to one of refl, draft_lv, drtune, leapalign, sparse, ")
+    assert said.endswith(
+        "composed; placements and other files of changes come after a recipe, such as configs/shapes/sparse.yaml"
+    )
+    (tmp_path / "recipe.yaml").write_text("model: {path: shapes}")
+    assert "recipe" not in refusal(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("file", [*CONFIGS.glob("serve/*.yaml"), *CONFIGS.glob("cluster/*.yaml")], ids=lambda p: p.stem)
+def test_a_file_for_serve_or_kubernetes_is_told_from_a_configuration(file):
+    what, command = ("Ray Serve", "serve run") if file.parent.name == "serve" else ("Kubernetes", "kubectl apply -f")
+    message = refusal(file)
+    assert message.startswith(f"{file} is for {what} (it has ")
+    assert message.endswith(f"), and no configuration: start it by {command} {file}")
+
+
+@pytest.mark.parametrize("setting", ["prompts.path", "evaluation.prompts"])
+def test_a_table_is_no_file_of_prompts(good, tmp_path, setting):
+    for name in ("p.csv", "p.TSV", "p.parquet", "p.yaml", "p.xlsx"):
+        file = tmp_path / name
+        file.write_text("prompt\na red ring\n")
+        said = f"{setting}: prompts are not read from {file.suffix} files such as {file}: name a .txt, .jsonl or .json file"
+        assert refusal(good, f"{setting}={file}") == said
+    for name in ("p", "p.md", "p.txt", "p.v2", "p.jsonl", "p.json"):
+        (tmp_path / name).touch()
+        load(good, [f"{setting}={tmp_path / name}"])
+
+
+def test_another_methods_settings_are_said_to_be_that_methods(good):
+    has = "drtune has detach_negative, compensate_guidance, active_steps, stop_ratio: remove it"
+    assert refusal(good, "surrogate={method: drtune, rescale: 0.5, support_scale: 1}").splitlines() == [
+        f"surrogate.rescale belongs to sparse, bridge, lagrange, composed; {has}",
+        f"surrogate.support_scale belongs to lagrange, composed; {has}",
+    ]
 
 
 def test_all_that_is_wrong_is_said_at_once(good):
@@ -205,7 +259,7 @@ def test_guidance_that_is_off_cannot_be_compensated(good):
     ("settings", "sentence"),
     [
         ("{method: lagrange, order: x}", "surrogate.order must be a whole number, not 'x'"),
-        ("{method: sparse, order: 3}", "surrogate.order is no setting"),
+        ("{method: sparse, order: 3}", "surrogate.order belongs to lagrange, composed; sparse has"),
         ("{method: lagrange, ordre: 3}", "surrogate.ordre is no setting: did you mean surrogate.order?"),
         ("{method: bridge, pair: {rul: uniform}}", "surrogate.pair.rul is no setting: did you mean surrogate.pair.rule?"),
         ("{method: bridge, pair: {cap: 0}}", "surrogate.pair: cap is 0: it must be a whole number of at least 1"),
