@@ -14,7 +14,7 @@ import yaml
 from pyarrow import fs
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump
-from flowbp_ray.files import replace_text
+from flowbp_ray.files import replace_text, sampled_digest
 from flowbp_ray.rollouts.prompts import pictured, read_prompts
 from flowbp_ray.tracking.store import masked
 
@@ -56,7 +56,8 @@ def unfinished(config: AlignConfig, folders: Iterable[Path]) -> Path | None:
         began = _began(folder)
         if (
             not began["finished"]
-            and (began["revision"], began["prompts"]) == (config.model.revision, _digest(config))
+            and began["revision"] == config.model.revision
+            and all(began.get(name) == value for name, value in _contents(config).items())
             and not differing(config, folder, "model.revision")
         ):
             return folder
@@ -92,8 +93,10 @@ def check(config: AlignConfig, folder: Path) -> None:
         lines = [f"the run in {folder} has other settings, so it cannot go on with these:"]
         lines += [f"  {key} is {ours!r}, there {theirs!r}" for key, (theirs, ours) in other.items()]
         raise ConfigError("\n".join([*lines, "give it its own, or start a new run"]))
-    if _began(folder)["prompts"] != _digest(config):
-        raise ConfigError(f"the prompts of {config.prompts.path} are others than when the run in {folder} began: start a new run")
+    for name, value in _contents(config).items():
+        if _began(folder).get(name) != value:
+            what = {"prompts": f"the prompts of {config.prompts.path}", "weights": f"the weights in {config.model.source}"}[name]
+            raise ConfigError(f"{what} are others than when the run in {folder} began: start a new run")
     reached = Kept(config, folder).steps
     if config.train.steps < reached:
         raise ConfigError(f"the run in {folder} has {reached} steps, more than train.steps, which is {config.train.steps}")
@@ -112,7 +115,7 @@ def begin(config: AlignConfig, folder: Path, asked: str | None) -> None:
         elif there := Kept(config, folder).newest:
             raise ConfigError(f"{there.path} is another run's: give this one another train.storage, or its folder another name")
         else:
-            began = {"prompts": _digest(config), "revision": asked, "finished": False}
+            began = {**_contents(config), "revision": asked, "finished": False}
         replace_text(folder / CONFIG, masked(dump(config)))
         _note(folder, **began)
 
@@ -206,8 +209,13 @@ def _began(folder: Path) -> dict[str, Any]:
     return began
 
 
-def _digest(config: AlignConfig) -> str:
-    return hashlib.sha256(json.dumps([read_prompts(config.prompts), pictured(config)]).encode()).hexdigest()
+def _contents(config: AlignConfig) -> dict[str, str | None]:
+    """What files have that the configuration only names: digests of all prompts, and of a local model's weights."""
+    source = Path(config.model.source)
+    return {
+        "prompts": hashlib.sha256(json.dumps([read_prompts(config.prompts), pictured(config)]).encode()).hexdigest(),
+        "weights": sampled_digest(source) if source.is_absolute() else None,
+    }
 
 
 def _leaves(node: Any, name: str = "") -> dict[str, Any]:

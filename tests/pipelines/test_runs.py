@@ -1,6 +1,7 @@
 """Which run a command goes on with; tests/e2e has runs go on."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from flowbp_ray.config import ConfigError, load
 from pipelines import runs
 from pipelines.align import arguments, checked, chosen
 
+BASE = Path(__file__).parents[2] / "flowbp_ray" / "shapes" / "models" / "base"
 SPARSE = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
 
 
@@ -118,6 +120,20 @@ def test_other_prompts_are_found_out(tmp_path):
     prompts.write_text("a dog\n")
     assert chosen(config, None, False) is None
     with pytest.raises(ConfigError, match=r"the prompts of .*mine\.txt are others than when the run in .* began"):
+        runs.begin(config, folder, None)
+
+
+def test_another_model_in_the_same_folder_is_found_out(tmp_path):
+    model = shutil.copytree(BASE, tmp_path / "model")
+    config = configured(tmp_path / "runs", f"model.path={model}")
+    folder = begun(config, "1")
+    assert chosen(config, None, False) == folder
+    weights = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[2**15] ^= 1
+    weights.write_bytes(content)
+    assert chosen(config, None, False) is None
+    with pytest.raises(ConfigError, match=r"the weights in .*model are others than when the run in .* began"):
         runs.begin(config, folder, None)
 
 
