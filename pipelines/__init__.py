@@ -1,10 +1,12 @@
 """What a person runs: ``python -m pipelines.NAME --help``."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,6 +52,32 @@ def refuse(error: Exception) -> NoReturn:
     """End with what is wrong with the input, and the exit code of a command line that is wrong."""
     print(error, file=sys.stderr)
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def ending(again: str, log: Path | None = None) -> Iterator[None]:
+    """The boundary to the user: how a command that was started ends early, in one sentence and what to do ``again``. All of an
+    error is in ``log``, if there is one."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(f"\ninterrupted: nothing runs any more; {again}")
+    except ConfigError as error:  # of what the cluster is, or runs
+        refuse(error)
+    except Exception as error:  # of models, libraries and other processes, which may raise anything
+        from flowbp_ray.tracking.store import masked
+        from pipelines.causes import reason
+
+        if log is None:
+            sys.exit(f"\nstopped: {reason(error)}\n{again}")
+        log.write_text(masked(traceback.format_exc()), encoding="utf-8")
+        sys.exit(f"\nstopped: {reason(error)}\n{again}; all of the error is in {log}")
+
+
+def page_of(info: dict[str, str]) -> str:
+    """Where a run's page is in MLflow, and the command that serves it, if it takes one."""
+    command = info["command"].removeprefix(f"{Path.cwd()}/")
+    return info["page"] + (f"   after: {command}" if command else "")
 
 
 def quiet_libraries() -> None:

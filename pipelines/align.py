@@ -23,7 +23,7 @@ from types import FrameType
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load, paths
 from flowbp_ray.config.models import check_models
 from flowbp_ray.tracking.store import check_server, masked, tracking_uri
-from pipelines import check_lasts, parsed, refuse, runs
+from pipelines import check_lasts, page_of, parsed, refuse, runs
 from pipelines.waits import advice, waits
 
 
@@ -106,14 +106,15 @@ def main() -> None:
     print((outcome.folder / "table.md").read_text(encoding="utf-8"))
     for name, note in outcome.notes.items():
         print(f"{name:<9} {note}")
+    if "stopped" in outcome.notes:
+        print(f"go on     python -m pipelines.align --resume {outcome.folder} watch.stop=false")
     if waited := waits(outcome.seconds):
         print(f"waited    {advice(config, waited)}")
     loader = "pipe.load_lora_weights" if config.adapter else "DiffusionPipeline.from_pretrained"
     print(f"{outcome.exported.name:<9} {outcome.exported}   ({loader} takes it)")
     if (outcome.folder / "before_after.png").exists():
         print(f"pictures  {outcome.folder / 'before_after.png'}")
-    command = outcome.info["command"].removeprefix(f"{Path.cwd()}/")
-    print(f"curves    {outcome.info['page']}" + (f"   after: {command}" if command else ""))
+    print(f"curves    {page_of(outcome.info)}")
 
 
 def plan_placement(config: AlignConfig) -> None:

@@ -86,7 +86,7 @@ def note_prompts(config: AlignConfig, prompts: list[str], at: Session) -> None:
 def best(config: AlignConfig, result: Result) -> tuple[Checkpoint, int, dict[str, str]]:
     """The checkpoint to export, how many steps it has, and why it is that one, if not as the last of all steps."""
     last, metric = result.metrics["version"], config.train.best
-    notes = {} if result.return_value is None else {"stopped": f"{result.return_value} (--resume with watch.stop=false goes on)"}
+    notes = {} if result.return_value is None else {"stopped": result.return_value}
     if metric is None:
         return result.checkpoint, last, notes
     checkpoint, metrics = max(result.best_checkpoints, key=lambda kept: (kept[1][metric], kept[1]["version"]))

@@ -11,7 +11,6 @@ command goes on where it stopped.
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import numpy as np
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load
 from flowbp_ray.surrogate.quadrature import Grid
 from flowbp_ray.tracking.store import check_server
-from pipelines import check_lasts, parsed, refuse
+from pipelines import check_lasts, ending, page_of, parsed, refuse
 from pipelines.comparison import BASE, Measured, chart, evaluations, grid, read, table
 
 #: Shorter than a recipe's own run, so that a cell takes minutes; overrides change them.
@@ -107,16 +106,8 @@ def main() -> None:
             f"samples a step and {pictures} pictures to evaluate, and the base's. Results: {folder}. Nothing was started."
         )
         return
-    from pipelines.causes import reason
-
-    try:
+    with ending(f"the same command goes on from the finished cells in {folder}"):
         compare(planned, folder, args.seeds)
-    except KeyboardInterrupt:
-        sys.exit(f"\ninterrupted: nothing runs any more; the same command goes on from the finished cells in {folder}")
-    except ConfigError as error:  # of what the cluster is, or runs
-        refuse(error)
-    except Exception as error:  # the boundary to the user, as in align
-        sys.exit(f"\nstopped: {reason(error)}\nthe same command goes on from the finished cells in {folder}")
 
 
 def compare(planned: dict[tuple[str, int], AlignConfig], folder: Path, seeds: int) -> None:
@@ -194,7 +185,7 @@ def report(config: AlignConfig, results: list[Measured], folder: Path, seeds: in
             tracked.artifact(path)
     info = tracked.info()
     print(f"\n{text}")
-    print(*written, f"curves    {info['page']}" + (f"   after: {info['command']}" if info["command"] else ""), sep="\n")
+    print(*written, f"curves    {page_of(info)}", sep="\n")
 
 
 def file_of(folder: Path, key: tuple[str, int]) -> Path:

@@ -12,6 +12,7 @@ from PIL import Image
 from scipy import stats
 
 from flowbp_ray.config import AlignConfig
+from flowbp_ray.files import replace_text
 from flowbp_ray.pictures import Cell, Row, sheet
 from flowbp_ray.rollouts.plans import plan_of
 from flowbp_ray.shapes.captions import TASKS
@@ -37,9 +38,7 @@ class Measured:
 
     def save(self, file: Path, config: str) -> None:
         """Write it, with the configuration that it is of; a file that is there is whole."""
-        unfinished = file.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(asdict(self) | {"config": config}, indent=1), encoding="utf-8")
-        unfinished.replace(file)
+        replace_text(file, json.dumps(asdict(self) | {"config": config}, indent=1))
 
 
 def read(file: Path, config: str) -> Measured | None:

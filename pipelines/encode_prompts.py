@@ -17,7 +17,7 @@ from pathlib import Path
 from flowbp_ray.config import AlignConfig, ConfigError, load, paths
 from flowbp_ray.config.models import check_model
 from flowbp_ray.tracking.store import masked
-from pipelines import check_lasts, parsed, refuse
+from pipelines import check_lasts, ending, parsed, refuse
 
 
 def arguments() -> argparse.Namespace:
@@ -58,7 +58,6 @@ def main() -> None:
             print(intended(config, folder))
             return
         from flowbp_ray.rollouts import embeds
-        from pipelines.causes import reason
         from pipelines.session import cluster, unused
 
         prompts = embeds.wanted(config)
@@ -67,17 +66,10 @@ def main() -> None:
         refuse(error)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: nothing was started")
-    try:
-        if missing:
-            with cluster(unused(config, "trainer", "reward", "judge")):
-                signal.signal(signal.SIGTERM, interrupt)  # `ray job stop`; from now on, since ray.init takes it for itself
-                encode(config, folder, missing)
-    except KeyboardInterrupt:
-        sys.exit(f"\ninterrupted: nothing runs any more; the same command goes on from what is in {folder}")
-    except ConfigError as error:  # of what the cluster is
-        refuse(error)
-    except Exception as error:  # the boundary to the user, as in align
-        sys.exit(f"\nstopped: {reason(error)}\nthe same command goes on from what is in {folder}")
+    if missing:
+        with ending(f"the same command goes on from what is in {folder}"), cluster(unused(config, "trainer", "reward", "judge")):
+            signal.signal(signal.SIGTERM, interrupt)  # `ray job stop`; from now on, since ray.init takes it for itself
+            encode(config, folder, missing)
     size = sum(f.stat().st_size for f in folder.glob("*.parquet")) / 2**20
     print(f"encoded {len(missing):,} prompts, {len(prompts) - len(missing):,} were there; {folder} has {size:,.1f} MiB")
     given = shlex.join([*map(str, args.files), *args.overrides, f"prompts.embeds={folder}"])

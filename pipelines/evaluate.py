@@ -19,7 +19,6 @@ import json
 import signal
 import sys
 import tempfile
-import traceback
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,7 @@ from flowbp_ray.files import digest, replace_text
 from flowbp_ray.rollouts.prompts import pictured
 from flowbp_ray.tracking.store import check_server, masked, tracking_uri
 from flowbp_ray.training import EXPORT_FILE
-from pipelines import check_lasts, parsed, refuse
+from pipelines import check_lasts, ending, page_of, parsed, refuse
 from pipelines.align import check_rewards, interrupt, pinned
 
 if TYPE_CHECKING:
@@ -76,24 +75,16 @@ def main() -> None:
                 print(json.dumps(protocol_of(config), indent=1))
                 print(f"{pictures} pictures to {folder}. Nothing was started.")
                 return
-            from pipelines.causes import reason
             from pipelines.session import cluster, unused
         except (ConfigError, ValueError, OSError) as error:
             refuse(error)
         except KeyboardInterrupt:
             sys.exit("\ninterrupted: nothing was started")
-        try:
+        with ending(f"the same command goes on with what is in {folder}", folder / "error.txt"):
             with cluster(unused(config, "trainer")):
                 signal.signal(signal.SIGTERM, interrupt)
                 result = evaluated(config, adapter, folder, pictures)
             finish(config, folder, [result, *beside])
-        except KeyboardInterrupt:
-            sys.exit(f"\ninterrupted: nothing runs any more; the same command goes on with what is in {folder}")
-        except ConfigError as error:  # of what the cluster is, or runs
-            refuse(error)
-        except Exception as error:  # the boundary to the user, as in align
-            (folder / "error.txt").write_text(masked(traceback.format_exc()), encoding="utf-8")
-            sys.exit(f"\nstopped: {reason(error)}\nall of the error is in {folder / 'error.txt'}; the same command goes on")
 
 
 def chosen(args: argparse.Namespace, scratch: Path) -> tuple[AlignConfig, Path | None, str]:
@@ -263,8 +254,7 @@ def finish(config: AlignConfig, folder: Path, results: "list[Result]") -> None:
             run.artifact(folder / file, "evaluation")
     info = run.info()
     print(f"\n{text}\nreport    {folder / 'report.html'}\npictures  {folder / 'pictures'}")
-    command = info["command"].removeprefix(f"{Path.cwd()}/")
-    print(f"MLflow    {info['page']}" + (f"   after: {command}" if command else ""))
+    print(f"MLflow    {page_of(info)}")
 
 
 if __name__ == "__main__":

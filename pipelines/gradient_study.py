@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load
-from pipelines import parsed, refuse
+from pipelines import ending, page_of, parsed, refuse
 from pipelines.study_report import GROWTH_DRAWS, Connectors, picture, table
 
 DEFAULT = Path(__file__).parents[1] / "configs" / "shapes" / "sparse.yaml"
@@ -73,15 +73,9 @@ def main() -> None:
     from pipelines import quiet_libraries
 
     quiet_libraries()
-    from pipelines.causes import reason
-
     folder = (args.output or config.output / f"{time.strftime('%Y%m%d-%H%M%S')}-gradient_study").expanduser().absolute()
-    try:
+    with ending("there are no results"):
         study(config, args, folder)
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: there are no results")
-    except Exception as error:  # the boundary to the user, as in align
-        sys.exit(f"\nstopped: {reason(error)}")
 
 
 def study(config: AlignConfig, args: argparse.Namespace, folder: Path) -> None:
@@ -165,7 +159,7 @@ def track(config: AlignConfig, args: argparse.Namespace, figures: dict[str, Any]
         for file in ("figures.json", "gradient_study.png"):
             run.artifact(folder / file)
     info = run.info()
-    return f"MLflow run {info['run_id']}: {info['page']}" + (f"   after: {info['command']}" if info["command"] else "")
+    return f"MLflow run {info['run_id']}: {page_of(info)}"
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def _comments(settings: type) -> dict[str, str]:
         if line.startswith("#:"):
             lines.append(line.removeprefix("#:"))
         elif lines:
-            found[line.partition(":")[0]] = " ".join(lines).replace("None is", "null is").replace("or None", "or null")  # in YAML
+            found[line.partition(":")[0]] = " ".join(lines)
             lines = []
     return found
 
@@ -120,7 +120,8 @@ def _allowed(of: dict[str, Any]) -> Iterator[str]:
                 yield f"It is {IN_WORDS[pattern]}{null}."
             case {"type": "integer" | "number" as number}:
                 bounds = " and ".join(f"{word} {kind[key]:g}" for key, word in BOUNDS.items() if key in kind)
-                yield f"A {'whole ' * (number == 'integer')}number {bounds}".strip() + f"{null}."
+                if bounds:
+                    yield f"A {'whole ' * (number == 'integer')}number {bounds}{null}."
             case {"type": "array", "minItems": least, **more}:
                 many = f"{least}" if more.get("maxItems") == least else f"at least {least}"
                 yield f"A list of {many}{null}."

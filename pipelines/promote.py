@@ -13,7 +13,6 @@ import argparse
 import signal
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,8 +20,8 @@ import yaml
 
 from flowbp_ray.config import AlignConfig, ConfigError, load
 from flowbp_ray.rollouts.prompts import pictured
-from flowbp_ray.tracking.store import check_server, masked, tracking_uri
-from pipelines import evaluate, parsed, refuse
+from flowbp_ray.tracking.store import check_server, tracking_uri
+from pipelines import ending, evaluate, parsed, refuse
 from pipelines.align import check_rewards, interrupt, pinned
 
 if TYPE_CHECKING:
@@ -64,13 +63,12 @@ def main() -> None:
             check_rewards(config)
             check_server(config.tracking.uri)
             folders = [evaluate.prepared(config, side.adapter, side.name, None) for side in sides]
-            from pipelines.causes import reason
             from pipelines.session import cluster, unused
         except (ConfigError, ValueError, OSError) as error:
             refuse(error)
         except KeyboardInterrupt:
             sys.exit("\ninterrupted: nothing was started")
-        try:
+        with ending("no alias was moved, and the same command goes on", folders[1] / "error.txt"):
             with cluster(unused(config, "trainer")):
                 signal.signal(signal.SIGTERM, interrupt)
                 pictures = sum(map(len, pictured(config).values()))
@@ -79,13 +77,6 @@ def main() -> None:
                     for side, folder in zip(sides, folders, strict=True)
                 )
             won = decide(config, args.alias, candidate, champion, theirs, ours, metric)
-        except KeyboardInterrupt:
-            sys.exit("\ninterrupted: nothing runs any more, and no alias was moved; the same command goes on")
-        except ConfigError as error:
-            refuse(error)
-        except Exception as error:  # the boundary to the user, as in align
-            (folders[1] / "error.txt").write_text(masked(traceback.format_exc()), encoding="utf-8")
-            sys.exit(f"\nstopped: {reason(error)}\nall of the error is in {folders[1] / 'error.txt'}; no alias was moved")
     sys.exit(0 if won else 1)
 
 

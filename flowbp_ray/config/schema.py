@@ -1,4 +1,4 @@
-"""What can be configured: every setting with its type, range, unit and default, which stands there and nowhere else.
+"""The whole configuration, `AlignConfig`, and its first sections; the other sections are in the files beside this one.
 
 A setting without a default says what a run is and has to be given.
 """
@@ -64,9 +64,9 @@ class Sampling(Section):
     """Noise levels: ``training`` takes linspace(1, 1/steps), shifted once, as when the models were aligned; ``stock`` takes those
     of the stock pipeline."""
     height: Pixels = 64
-    """Height of a picture, in pixels."""
+    """Height of a picture, in pixels; published models make multiples of 16."""
     width: Pixels = 64
-    """Width of a picture, in pixels."""
+    """Width of a picture, in pixels; published models make multiples of 16."""
 
 
 class AlignConfig(Section):
@@ -85,7 +85,8 @@ class AlignConfig(Section):
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
     output: paths.Folder = Path("~/.flowbp_ray/runs")
-    """The folder for checkpoints and exported adapters."""
+    """The folder in which each run gets a folder of its own, with checkpoints (unless ``train.storage`` is set), the exported
+    adapter or model, pictures, scores and metrics."""
 
     def reserved(self) -> dict[str, float]:
         """CPUs and GPUs that all processes reserve together, train workers or judges, whichever are more, as one comes after the

@@ -73,8 +73,8 @@ class Train(Section):
     """Number format in which latents and the rewards' gradients go from process to process: bfloat16 halves their bytes and
     rounds them."""
     velocity_penalty: NonNegativeFloat = 0.0
-    """Factor on the mean squared distance to the base model's velocity, averaged over the active steps; only with an
-    adapter."""
+    """How strongly updates are held near the base model: this times the mean squared difference of both models' velocities at the
+    active steps is added to the loss. It has to be 0 if ``adapter`` is null."""
     seed: NonNegativeInt = 0
     """Seed of every random draw in training, the choice of prompts among them."""
     checkpoint_every: PositiveInt = 50
@@ -138,8 +138,8 @@ class Cluster(Section):
     """Compile the transformer's blocks by torch.compile in samplers and train workers: a run takes minutes longer to start, each
     step takes less time, and results differ by roundings. It needs a C++ compiler."""
     attention: str | None = None
-    """Name of the attention backend of diffusers (such as _native_flash) for samplers and train workers: any one for FLUX.1 and
-    FLUX.2, one that takes a mask for Z-Image; null leaves the choice to torch."""
+    """Attention backend of diffusers, such as _native_flash, for samplers and train workers. FLUX.1 and FLUX.2 take any, Z-Image
+    one that takes a mask, Stable Diffusion none. null leaves the choice to torch."""
 
     @property
     def rewards(self) -> Replicas:

@@ -1,1 +1,1 @@
-"""Cached rollouts: sampling without gradient, keeping what a plan needs and nothing else."""
+"""Sampling on Ray: rollouts for training, evaluation, prompts encoded ahead, and requests to the reward service."""

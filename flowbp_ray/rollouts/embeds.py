@@ -17,7 +17,7 @@ from torch import Tensor
 from flowbp_ray import backbones
 from flowbp_ray.backbones.backbone import DTYPES, Backbone, Conditioning
 from flowbp_ray.config import AlignConfig
-from flowbp_ray.files import digest
+from flowbp_ray.files import digest, replace_text
 from flowbp_ray.rollouts.prompts import read_prompts
 
 ENCODER_FILE = "encoder.json"
@@ -72,7 +72,7 @@ class Embeds:
         )
 
     def check(self, encoder: Identity) -> None:
-        """ValueError unless they are of this encoder, as far as it is described: of files all, if any are."""
+        """ValueError unless these embeddings were made by this encoder. Files are compared only if ``encoder`` names any."""
         made = {k: v for k, v in self.encoder.items() if "/" not in k or any("/" in name for name in encoder)}
         for name in sorted(made | encoder, key=lambda name: "/" in name):
             if made.get(name) != encoder.get(name):
@@ -183,9 +183,7 @@ def start(config: AlignConfig, folder: Path) -> Embeds:
     folder.mkdir(parents=True, exist_ok=True)
     if all(f.suffix == ".tmp" for f in folder.iterdir()):
         about = {"encoder": encoder, "source": config.model.source, "revision": config.model.revision}
-        unfinished = file.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(file)
+        replace_text(file, json.dumps(about, indent=1) + "\n")
     embeds = Embeds(folder)
     embeds.check(encoder)
     for torn in embeds.torn:

@@ -29,11 +29,11 @@ def service(application: str) -> DeploymentHandle:
 
 
 class Stage(ABC):
-    """What a process of a pool does: it works on one micro-batch at a time, of those that it was given on the first one, and
-    notes in each block how long it had waited for it, and how many bytes a sample has that it hands on.
+    """One process of a pool. Of the micro-batches that it was given it works on one at a time, the first in order. In each it
+    notes how long it waited for it, and how many bytes a sample has that it hands on.
 
-    Each is there in a thread of its own, as an actor's tasks begin in any order. What comes of a stage is handed on in order:
-    one that is late keeps all behind it.
+    Ray starts an actor's calls in any order, so each micro-batch waits here in a thread of its own. Results are handed on in
+    order: a late one holds up all behind it.
     """
 
     #: Of the columns that have what it notes: ``…_waiting_seconds`` and ``…_bytes``.

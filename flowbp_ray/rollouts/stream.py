@@ -36,7 +36,7 @@ def rollouts(
     cluster = config.cluster
     parts = config.train.batch // config.train.micro_batch
     source = ray.data.from_arrow([pa.table({"number": [n]}) for n in range(first_step * parts, config.train.steps * parts)])
-    whole = {"batch_size": None, "batch_format": "numpy"}  # a killed actor is restarted and its task repeated, by default
+    whole = {"batch_size": None, "batch_format": "numpy"}
 
     def pool(size: int, most: int | None = None, *, ahead: int, threads: int) -> ActorPoolStrategy:
         # One micro-batch is worked on, and where there are others they are fetched, or handed on, meanwhile. A process without
@@ -58,6 +58,7 @@ def rollouts(
         waiting = pool(1, ahead=THREADS, threads=THREADS)
         source = source.map_batches(Admission, fn_constructor_args=(config, store), compute=waiting, num_cpus=0.01, **whole)
         samplers = pool(cluster.samplers, cluster.max_samplers, ahead=ahead, threads=ahead)
+    # Ray Data restarts a killed actor and repeats its task by itself.
     stream = source.map_batches(
         sampler,
         fn_constructor_args=(config, prompts, store),

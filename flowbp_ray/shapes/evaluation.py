@@ -25,11 +25,11 @@ class Score:
 
 
 def average(values: Sequence[float] | np.ndarray, groups: Sequence[str] | np.ndarray | None = None) -> Score:
-    """The mean, of booleans the share that is true, with its standard error, for which values are independent, or ``groups`` of
-    them, given by a name for each value."""
+    """Mean (of booleans the share that is true) and its standard error. Values count as independent; with ``groups``, a name for
+    each value, groups do if there are several."""
     array = np.asarray(values, np.float64)
     apart = array - array.mean()
-    if groups is not None:
+    if groups is not None and len(set(groups)) > 1:
         _, group = np.unique(groups, return_inverse=True)
         apart = np.bincount(group, apart)
     return Score(float(array.mean()), float(np.linalg.norm(apart) / len(array)))
@@ -47,8 +47,10 @@ def six_tasks(values: Mapping[str, Sequence[float] | np.ndarray]) -> dict[str, S
 
 
 def seeds(place: int, start: int, number: int, evaluation: int = 0) -> list[int]:
-    """Of the noise of a task's pictures from ``start`` on, the task by its place among at most six: no two pictures of a task, of
-    tasks or of evaluations share any."""
+    """Noise seeds of ``number`` pictures of a task, from its picture ``start`` on; ``place`` is the task's number, 0 to 5.
+
+    No two pictures share a seed, whatever their task or ``evaluation``, the evaluation's own seed.
+    """
     first = (evaluation * len(TASKS) + place) * MOST + start
     return list(range(first, first + number))
 

@@ -26,8 +26,8 @@ def positive(name: str, value: float) -> None:
 
 
 def share(name: str, value: float | None) -> None:
-    """A number above 0 and at most 1, or None."""
-    require(value is None or 0 < value <= 1, name, value, "above 0 and at most 1, or None")
+    """A number above 0 and at most 1, or None, which a configuration calls null."""
+    require(value is None or 0 < value <= 1, name, value, "above 0 and at most 1, or null")
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> None:

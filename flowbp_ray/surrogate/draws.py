@@ -51,18 +51,18 @@ def evenly_spaced(length: int, number: int, generator: np.random.Generator) -> l
 
 @dataclass(frozen=True)
 class PairDraw:
-    """How the split (k, j), ``k < j``, is drawn; in reverse indices of ``[min_idx, max_idx)``."""
+    """How two steps k and j, k before j, are drawn. Bounds count steps to the end: the last step has 1."""
 
-    #: ``uniform``: any two; ``dirichlet``: lengths of three parts; ``midpoint``: j halves what follows a uniform k;
-    #: ``midpoint_j``: k halves what precedes a uniform j.
+    #: ``uniform``: any two; ``dirichlet``: three parts of random lengths, after j, between k and j, and before k;
+    #: ``midpoint``: k is uniform, j halfway from k to the end; ``midpoint_j``: j is uniform, k halfway from the start to j.
     rule: Literal["uniform", "dirichlet", "midpoint", "midpoint_j"] = "uniform"
-    #: Of the parts after j, between k and j, and before k; for ``dirichlet`` only.
+    #: For ``dirichlet``, its parameters of these three parts: larger is longer on average.
     concentration: tuple[float, float, float] | None = None
-    #: Largest reverse index of j, or None; for ``uniform`` and ``dirichlet``.
+    #: Most steps from j to the end, or null; for ``uniform`` and ``dirichlet``.
     cap: int | None = None
-    #: Smallest reverse index.
+    #: Fewest steps from j to the end; for ``midpoint`` from the step after k instead.
     min_idx: int = 1
-    #: End (exclusive) of the reverse indices, or None for T + 1.
+    #: k has fewer steps than this to the end, or null: any; for ``midpoint_j`` the step before j has instead.
     max_idx: int | None = None
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class PairDraw:
         if self.max_idx is not None:
             count("max_idx", self.max_idx, self.min_idx + self._needed)
         if self.cap is not None:
-            allowed = f"None under the rule {self.rule}, which has no cap" if "midpoint" in self.rule else ""
+            allowed = f"null under the rule {self.rule}, which has no cap" if "midpoint" in self.rule else ""
             require("midpoint" not in self.rule, "cap", self.cap, allowed)
             count("cap", self.cap, self.min_idx + (1 if self.rule == "dirichlet" else 0))  # the least that j_rev can be
         if self.rule == "dirichlet":
@@ -84,7 +84,7 @@ class PairDraw:
             for value in self.concentration or ():
                 positive("concentration", value)
         else:
-            require(self.concentration is None, "concentration", self.concentration, f"None under the rule {self.rule}")
+            require(self.concentration is None, "concentration", self.concentration, f"null under the rule {self.rule}")
 
     @property
     def _needed(self) -> int:

@@ -195,7 +195,7 @@ def find(uri: str, what: str) -> Found:
             return config, found[0].parent
         if found := [*got.rglob(REFERENCE)]:
             references = [json.loads(f.read_text("utf-8")) for f in found]
-            return config, whole(what, max(references, key=lambda r: r.get("steps", 0)))
+            return config, whole(what, max(references, key=lambda r: r["steps"]))
         raise ConfigError(f"{what} has neither an adapter ({EXPORT_FILE}) nor a reference to a whole model ({REFERENCE})")
 
     return Found(run_id, version, fetch)
@@ -204,7 +204,7 @@ def find(uri: str, what: str) -> Found:
 def whole(what: str, reference: dict[str, Any]) -> Path:
     """The folder of a whole model; ConfigError if it is not there any more, or another one."""
     folder = Path(reference["path"])
-    if not folder.is_dir() or checksum_of(folder) != reference.get(CHECKSUM):  # an earlier version noted none
+    if not folder.is_dir() or checksum_of(folder) != reference[CHECKSUM]:
         raise ConfigError(
             f"{what} is the whole model in {folder}, which is gone, or has other weights than when it was registered"
         )

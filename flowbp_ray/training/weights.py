@@ -108,8 +108,10 @@ class Weights:
             parameter.grad = None
 
     def finish(self, limit: float, add_up: AddUp | None) -> float:
-        """Put the whole step's gradient, cut to the norm ``limit``, where the optimizer takes it; returns the norm before, and
-        where that is not finite there is nothing to take."""
+        """Put the step's gradient, scaled down to the norm ``limit``, where the optimizer takes it.
+
+        Returns the norm before; if that is not finite, the caller has to skip the step.
+        """
         if add_up is not None:
             add_up(self.gradient)
         flat = self.gradient.float()

@@ -1,4 +1,5 @@
-"""The Ray Train side: every worker learns from its share of each step's micro-batches, rank 0 publishes and reports.
+"""The Ray Train side: every worker learns from its share of each step's micro-batches and publishes its part of the weights
+(unless sharded, all of them are rank 0's). All report checkpoints together; rank 0 alone reports metrics.
 
 Driver and controller import this module too, so the learner, with diffusers, is imported where it is made.
 """

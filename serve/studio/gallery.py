@@ -56,12 +56,8 @@ class Run:
     def prompts(self) -> list[tuple[str, str]]:
         """The fixed prompts, and their pictures' file names, which are the same after any number of steps."""
         first = self.folder / PREVIEWS / f"{self.versions[0]:06d}"
-        files = preview_files(first)
-        if (first / PROMPTS).exists():
-            texts = json.loads((first / PROMPTS).read_text("utf-8"))
-        else:  # of an earlier version of this package
-            texts = [f.stem.partition(" ")[2] for f in files]
-        return [(text, f.name) for text, f in zip(texts, files, strict=True)]
+        texts = json.loads((first / PROMPTS).read_text("utf-8"))
+        return [(text, f.name) for text, f in zip(texts, preview_files(first), strict=True)]
 
     def frame(self, version: int, name: str) -> str:
         """A picture's path within the run."""

@@ -73,7 +73,7 @@ def good(tmp_path):
         ("train.betas.0=1", "train.betas must be a list, not {'0': 1}"),
         ("train.velocity_penalty=-1", "train.velocity_penalty must be at least 0, not -1"),
         ("train.policy_lag=2", "train.policy_lag must be 0 or 1, not 2"),
-        ("surrogate.tail=1.5", "surrogate: tail is 1.5: it must be above 0 and at most 1, or None"),
+        ("surrogate.tail=1.5", "surrogate: tail is 1.5: it must be above 0 and at most 1, or null"),
         ("surrogate.method=sparce", "surrogate.method must be one of 'refl', 'draft_lv', 'drtune', 'leapalign', 'sparse', "),
         ("sampling.height=60", "sampling.height must be a multiple of 8, not 60"),
         ("model.dtype=float16", "model.dtype must be 'float32' or 'bfloat16', not 'float16'"),

@@ -33,10 +33,11 @@ def test_every_setting_of_a_recipe_is_on_the_page():
 def test_what_a_type_allows_and_a_default_are_said():
     rows = list_settings.page().splitlines()
     for row in (
-        "| `sampling.height` | `64` | Height of a picture, in pixels. A whole number above 0 and a multiple of 8. |",
+        "| `sampling.height` | `64` | Height of a picture, in pixels; published models make multiples of 16. "
+        "A whole number above 0 and a multiple of 8. |",
         "| `train.betas` | `[0.9, 0.999]` | AdamW's two decay rates, each at least 0 and below 1. A list of 2. |",
         "| `reward.components.0.deployment.cpus` | `1.0` | CPUs for each process. A number of at least 0. |",
-        "| `surrogate.most` | `null` | Largest K, or null for all steps. A whole number, or null. |",
+        "| `surrogate.most` | `null` | Largest K, or null for all steps. |",
     ):
         assert row in rows
     (kind,) = [row for row in rows if row.startswith("| `surrogate.weights` | required |")]

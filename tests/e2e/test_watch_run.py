@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from flowbp_ray.config import load
 from flowbp_ray.training import EXPORT_FILE
 from pipelines.alignment import align
+from pipelines.runs import Kept
 
 pytestmark = pytest.mark.slow
 
@@ -108,5 +109,21 @@ def test_the_command_says_why_it_stopped_and_succeeds(tmp_path):
     folder = Path(said["adapter"].split()[0]).parent
     assert {f.name for f in folder.glob("checkpoint_0*")} == {f"checkpoint_{n:06d}" for n in (2, 4, 6)}
     assert (folder / "adapter" / EXPORT_FILE).read_bytes() == (folder / "checkpoint_000006" / EXPORT_FILE).read_bytes()
+    _, run = run_of(config)
+    assert run.info.status == "FINISHED"
+    # A false alarm.
+    (again,) = (line.partition("python ")[2] for line in lines if line.startswith("go on "))
+    done = subprocess.run(
+        [sys.executable, *again.split(), "train.steps=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=environment,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "stopped " not in done.stdout
+    assert Kept(config, folder).steps == 12
     _, run = run_of(config)
     assert run.info.status == "FINISHED"

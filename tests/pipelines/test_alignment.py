@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from flowbp_ray.config import load
+from flowbp_ray.shapes.captions import TASKS, parse, task_of
 from pipelines.alignment import previewed
 
 CONFIG = load(Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml", [])
@@ -13,3 +14,4 @@ def test_previews_take_the_tasks_in_turn():
     assert len(shown) == CONFIG.evaluation.preview_prompts
     assert [seed for _, seed in shown] == list(range(len(shown)))
     assert len({prompt for prompt, _ in shown}) == len(shown)
+    assert [task_of(parse(prompt)) for prompt, _ in shown] == [*TASKS, *TASKS][: len(shown)]

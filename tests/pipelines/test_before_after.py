@@ -61,6 +61,8 @@ def test_a_files_prompts_are_what_is_independent_and_not_their_pictures():
     assert apart.error == pytest.approx(reward.std() / 2)
     together = scores(of_file | {"prompt": np.array(prompts)})["reward/r"]
     assert together == Score(apart.value, pytest.approx(np.hypot(2.0, 2.0) / 4))  # 4 deviations, which come in pairs
+    of_one = scores(of_file | {"prompt": np.array(["a cat"] * 4)})["reward/r"]
+    assert of_one.error == apart.error  # no prompt but this is spoken of
     world = of_file | {"task": np.array([TASKS[0]] * 4), "prompt": np.array(prompts)}
     assert scores(world)["reward/r"].error == apart.error  # of all prompts that there are
 
@@ -76,7 +78,7 @@ def test_a_file_of_prompts_is_judged_by_the_rewards_alone(tmp_path):
     judged = only | {"alignment": np.full(240, 3.5), "prompt": np.array(["a cat"] * 240)}
     assert "| alignment | 3.50 ± 0.00 |" in table(config, judged, judged)
     sheet = before_after(config, ["a cat"], np.zeros((1, 64, 96, 3), np.uint8), np.ones((1, 64, 96, 3), np.uint8), "after")
-    assert sheet.size[0] > 96
+    assert sheet.size[1] > 2 * 128  # two rows
 
 
 def test_the_checker_reads_its_own_size_alone():

@@ -86,7 +86,6 @@ def test_chart_and_pictures_are_drawn(tmp_path):
     cells = [cell(m, s, v, 10 + v) for m, v in (("base", 0.4), ("sparse", 0.5), ("refl", 0.45)) for s in range(2)]
     chart(cells, tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as picture:
-        assert picture.width > 500
-        assert len(set(picture.convert("RGB").get_flattened_data())) > 10
+        assert (0x4C, 0x72, 0xB0) in set(picture.convert("RGB").get_flattened_data())  # the bars
     page = grid(["a red ring", "a blue circle"], {m: np.full((2, 64, 64, 3), 250, np.uint8) for m in ("base", "sparse")})
     assert page.width > 256

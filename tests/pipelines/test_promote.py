@@ -58,7 +58,7 @@ def result(name, right):
     number = len(right)
     pictures = {
         "task": np.array(["prompts"] * number),
-        "prompt": np.array(["p"] * number),
+        "prompt": np.array([f"p{n}" for n in range(number)]),
         "seed": np.arange(number),
         "reward/judge": np.asarray(right, float),
     }

@@ -9,7 +9,6 @@ import torch
 
 from flowbp_ray.config import load
 from flowbp_ray.randomness import seed_of
-from flowbp_ray.rollouts.plans import plan_of
 from flowbp_ray.rollouts.sampler import Sampler
 from flowbp_ray.training import adapter
 from flowbp_ray.training.learner import Learner
@@ -61,14 +60,11 @@ def test_a_block_has_what_the_step_needs(config, policies):
 def test_the_reward_sees_what_the_backbone_samples(config, policies):
     sampler = Sampler(config, PROMPTS, policies.__getitem__)
     block = sampler(number(0))
-    plan = plan_of(config, sampler.sigmas, 0)
-    noise = block["latents"][:, 0] if plan.active[0].index == 0 else None
     seeds = [seed_of(config.train.seed, 0, s, "noise") for s in block["sample"].tolist()]
     sampled = sampler.backbone.sample_latents(
         block["prompt"].tolist(), seeds, steps=5, guidance_scale=config.sampling.guidance_scale, height=64, width=64
     )
     np.testing.assert_allclose(block["inputs"][:, 0], sampled, atol=1e-5)
-    assert noise is None or noise.std() == pytest.approx(1, abs=0.1)
 
 
 def test_who_samples_and_what_was_sampled_before_make_no_difference(config, policies):

@@ -23,6 +23,7 @@ def folder(tmp_path):
     for version in (0, 25):
         for number, prompt in enumerate(("a red ring", "two blue squares")):
             picture(run / "previews" / f"{version:06d}" / f"{number:02d} {prompt}.png")
+        (run / "previews" / f"{version:06d}" / "prompts.json").write_text(json.dumps(["a red ring", "two blue squares"]))
     (run / "run.json").write_text(json.dumps({}))
     (run / "config.yaml").write_text("surrogate: {method: sparse}\nmodel: {path: shapes}\n")
     (run / "table.md").write_text("| | base |\n| --- | ---: |\n| mean | 41 |\n\nMeans.\n")

@@ -80,6 +80,8 @@ def test_the_card_states_every_figure_that_was_measured(built, tmp_path, monkeyp
     assert "| base | 1,234 |" in text
     for task in TASKS:
         assert card.percent(figures["six_tasks"][task]) in text
+    for share in figures["checker"].values():
+        assert f"| {100 * share:.2f} |" in text
     measure.record(models, "base", measure.trained(work / "base"), further=False)
     left, history = (json.loads((models / name).read_text()) for name in ("measured.json", "training.json"))
     assert [row["steps"] for row in history if row["part"] == "base"] == [10]  # trained anew: what was before is gone

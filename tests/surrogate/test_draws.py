@@ -245,10 +245,10 @@ def test_split_indices_count_their_bias_from_each_segments_start():
         ({"max_idx": 2}, "max_idx is 2: it must be a whole number of at least 3"),
         ({"cap": 0}, "cap is 0"),
         ({"rule": "dirichlet", "concentration": (1.0, 1.0, 1.0), "cap": 1}, "cap is 1: it must be a whole number of at least 2"),
-        ({"rule": "midpoint", "cap": 3}, "cap is 3: it must be None under the rule midpoint"),
+        ({"rule": "midpoint", "cap": 3}, "cap is 3: it must be null under the rule midpoint"),
         ({"rule": "dirichlet"}, "concentration is None: it must be three numbers"),
         ({"rule": "dirichlet", "concentration": (1.0, 0.0, 1.0)}, "concentration is 0.0"),
-        ({"concentration": (1.0, 1.0, 1.0)}, "None under the rule uniform"),
+        ({"concentration": (1.0, 1.0, 1.0)}, "null under the rule uniform"),
     ],
 )
 def test_pairs_refuse(values, sentence):

@@ -18,13 +18,14 @@ class Settings:
     active_steps: int = 5
     #: Odds of an index are (places from its segment's start + 1)^late_bias; 0 is uniform.
     late_bias: float = 4.0
-    #: ρ, how far active gradients are scaled up to stand in for the inactive ones: 0 not at all, 1 fully.
+    #: How far the gradient is scaled up for the steps that carry none: 0 not at all, 1 until the weights of those that do
+    #: add up to the weights of all (with ``tail``, of all in it).
     rescale: float = 0.0
-    #: α, how much of the gradient at j's latent reaches the velocities before j.
+    #: How much of the gradient crosses the bridge at step j to the active steps before it: 0 is nothing, 1 all.
     alpha: float = 0.5
     #: How j is drawn, as the later index of (k, j).
     pair: PairDraw = UNIFORM
-    #: Share of the steps, counted from the end, that may be active (at least 3 steps); None is all.
+    #: Share of the steps, counted from the end, that may be active (at least 3 steps); null is all.
     tail: float | None = None
 
     def __post_init__(self) -> None:

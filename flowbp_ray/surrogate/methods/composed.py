@@ -60,7 +60,7 @@ class Settings:
     weight_floor: float | None = None
     #: How far active gradients are scaled up to stand in for inactive ones, where there are any.
     rescale: float = 0.0
-    #: Share of the steps, counted from the end, that late_biased and (k, j) are drawn from; None is all.
+    #: Share of the steps, counted from the end, that late_biased and (k, j) are drawn from; null is all.
     tail: float | None = None
 
     def __post_init__(self) -> None:

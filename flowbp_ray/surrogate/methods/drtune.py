@@ -16,7 +16,8 @@ class Settings:
 
     #: K, how many indices carry gradient; all of them where the stop leaves fewer.
     active_steps: int = 3
-    #: The stop index s is uniform with ``T − s`` in 1…round(stop_ratio·T), or 1 where that rounds to 0.
+    #: The trajectory stops at a step drawn evenly from this last share of the steps (0.4 of 25: the last 10), one at least.
+    #: Above 0 and at most 1.
     stop_ratio: float = 0.4
 
     def __post_init__(self) -> None:

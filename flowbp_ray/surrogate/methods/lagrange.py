@@ -21,26 +21,24 @@ class Settings:
     order: int = 3
     #: Which of a leg's supports carry gradient: the first, the first two, or all.
     active_supports: Literal["start", "midpoint", "all"] = "midpoint"
-    #: At most so many active supports a leg, or None. (Published is 2, which ``midpoint`` means anyway.)
-    max_active_supports: int | None = None
     #: Factor on the gradient of active supports other than a leg's start.
     support_scale: float = 0.25
-    #: ρ, how far a leg's active gradients are scaled up to stand in for its inactive ones: 0 not at all, 1 fully.
+    #: How far a leg's gradient is scaled up for its supports that carry none: 0 not at all, 1 until the absolute weights of
+    #: those that do, before ``support_scale``, add up to those of all.
     rescale: float = 0.0
-    #: α, how much of the gradient at j's latent reaches the first leg.
+    #: How much of the gradient crosses the bridge at step j to the first leg: 0 is nothing, 1 all.
     alpha: float = 0.1
-    #: τ, the smallest connector error in the sample weight, in latent units.
+    #: A sample weighs 1 / (sum of how far its legs miss the sampled latents, mean absolute). A smaller miss than this
+    #: counts as this.
     weight_floor: float = 0.2
     #: How (k, j) is drawn.
     pair: PairDraw = PUBLISHED_PAIR
-    #: Share of the steps, counted from the end, that (k, j) is drawn from (at least 3 steps); None is all.
+    #: Share of the steps, counted from the end, that (k, j) is drawn from (at least 3 steps); null is all.
     tail: float | None = None
 
     def __post_init__(self) -> None:
         count("order", self.order)
         one_of("active_supports", self.active_supports, ("start", "midpoint", "all"))
-        if self.max_active_supports is not None:
-            count("max_active_supports", self.max_active_supports)
         not_negative("support_scale", self.support_scale)
         not_negative("rescale", self.rescale)
         not_negative("alpha", self.alpha)
@@ -63,8 +61,6 @@ def plan(settings: Settings, sigmas: Grid, generator: np.random.Generator) -> Pl
     k, j = settings.pair.draw(steps, settings.tail, generator)
     connectors = tuple(Connector(a, b, supports(a, b, settings.order)) for a, b in ((k, j), (j, steps)))
     number = {"start": 1, "midpoint": 2, "all": settings.order}[settings.active_supports]
-    if settings.max_active_supports is not None:
-        number = min(number, settings.max_active_supports)
     active: list[Active] = []
     for connector in connectors:
         active += leg(grid, connector, number, settings.support_scale, settings.rescale)

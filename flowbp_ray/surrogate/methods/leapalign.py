@@ -14,13 +14,14 @@ from flowbp_ray.surrogate.quadrature import Grid, checked_grid
 class Settings:
     """Defaults are the published ones."""
 
-    #: α, how much of the gradient at j's latent reaches the velocity at k.
+    #: How much of the gradient crosses the bridge at step j to the step k before it: 0 is nothing, 1 all.
     alpha: float = 0.3
-    #: τ, the smallest connector error in the sample weight, in latent units.
+    #: A sample weighs 1 / (sum of how far its leaps miss the sampled latents, mean absolute). A smaller miss than this
+    #: counts as this.
     weight_floor: float = 0.1
     #: How (k, j) is drawn.
     pair: PairDraw = UNIFORM
-    #: Share of the steps, counted from the end, that (k, j) is drawn from; None is all.
+    #: Share of the steps, counted from the end, that (k, j) is drawn from; null is all.
     tail: float | None = None
 
     def __post_init__(self) -> None:

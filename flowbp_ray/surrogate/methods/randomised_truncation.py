@@ -16,7 +16,7 @@ class Settings:
 
     #: Smallest K.
     least: int = 1
-    #: Largest K, or None for all steps.
+    #: Largest K, or null for all steps.
     most: int | None = None
 
     def __post_init__(self) -> None:

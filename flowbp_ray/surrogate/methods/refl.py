@@ -14,7 +14,7 @@ from flowbp_ray.surrogate.quadrature import Grid, checked_grid
 class Settings:
     """Defaults are the published ones."""
 
-    #: τ is uniform over this many last indices.
+    #: How many of the last steps the one that carries gradient is drawn from, with equal odds.
     last_n_steps: int = 11
 
     def __post_init__(self) -> None:

@@ -18,9 +18,10 @@ class Settings:
     active_steps: int = 4
     #: Odds of index i are (i + 1)^late_bias; 0 is uniform.
     late_bias: float = 1.0
-    #: ρ, how far active gradients are scaled up to stand in for the inactive ones: 0 not at all, 1 fully.
+    #: How far the gradient is scaled up for the steps that carry none: 0 not at all, 1 until the weights of those that do
+    #: add up to the weights of all (with ``tail``, of all in it).
     rescale: float = 0.5
-    #: Share of the steps, counted from the end, that may be active; None is all.
+    #: Share of the steps, counted from the end, that may be active; null is all.
     tail: float | None = None
 
     def __post_init__(self) -> None:
