@@ -24,7 +24,7 @@ class Adapter(Section):
     targets: Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)] | None = None
     """Endings of the names of the modules that are adapted; null leaves the choice to the backbone, or to ``init_from``."""
     init_from: paths.ExistingFolder | None = None
-    """The folder of an exported adapter to start from; null starts from the base model."""
+    """The folder of an exported adapter, or of a checkpoint, to start from; null starts from the base model."""
     export_strength: PositiveFloat = 1.0
     """Factor on the adapter's scale at export: values below 1 stay nearer to the base model."""
 
