@@ -254,8 +254,8 @@ def check_model(setting: str, source: str, file: str, revision: str | None) -> N
         answered = isinstance(reason, HfHubHTTPError)
         # An HTTP error begins with its number, and says in the second line what it is about.
         why = " ".join(lines[: 2 if answered else 1])
-        do = "of a gated one accept the licence there, and log in with `hf auth login`" if answered else "is there a network?"
-        raise OSError(f"{nothing} it ({why}): {do} Else download it elsewhere, and give its folder") from error
+        do = "if it is gated, accept its licence there and log in with `hf auth login`" if answered else "see to the network"
+        raise OSError(f"{nothing} it ({why}): {do}, or download it elsewhere and give its folder") from error
     if not there:
         raise OSError(f"{nothing} its {file}: name a repository that has it")
 
