@@ -37,7 +37,7 @@ def table(config: AlignConfig, base: Pictures | None, aligned: Pictures) -> str:
         lines.append(f"| {f'**{name}**' if name == 'mean' else name.replace('_', ' ')} | {' | '.join(cells)} |")
     settings, sampling = config.evaluation, config.sampling
     lines.append("")
-    of = f"Means over {len(aligned['seed'])} pictures; tasks: % of theirs."
+    of = f"Means over {len(aligned['seed'])} pictures." + (" Tasks: % right by GenEval." if settings.geneval else "")
     if settings.checked:
         of = (
             f"Tasks: % right by the exact checker, {settings.per_task} pictures each; watermarked: % of all of these (the "

@@ -74,7 +74,7 @@ def test_a_file_of_prompts_is_judged_by_the_rewards_alone(tmp_path):
     assert [prompt for prompt, _ in previewed(config)] == ["a cat", "a dog"] * 4
     only = {k: v for k, v in pictures(0.4, 1).items() if k not in ("right", "watermarked")}
     assert set(scores(only)) == {"reward/preference"}
-    assert "Means over 240 pictures;" in table(config, only, only)
+    assert "Means over 240 pictures. ±" in table(config, only, only)
     judged = only | {"alignment": np.full(240, 3.5), "prompt": np.array(["a cat"] * 240)}
     assert "| alignment | 3.50 ± 0.00 |" in table(config, judged, judged)
     sheet = before_after(config, ["a cat"], np.zeros((1, 64, 96, 3), np.uint8), np.ones((1, 64, 96, 3), np.uint8), "after")
