@@ -56,6 +56,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     stages = commands.add_parser(
         "stages", help="what sampling, rewards and an update take of a micro-batch, at full size; writes the model to $TMPDIR"
     )
+    stages.add_argument("--peft-cast", action="store_true", help="with the adapter computed as PEFT does, not as here")
     update.add_argument("--full", action="store_true", help=f"train all weights (default: an adapter of rank {RANK})")
     update.add_argument("--gradient-checkpointing", action="store_true", help="keep what enters each block and no more")
     update.add_argument(
@@ -157,7 +158,8 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
         from pipelines import stage_cost
 
         (name,) = named(args)
-        found = stage_cost.measure(name, args.batch, args.height, args.width, args.compile, told)
+        how = {"compiled": args.compile, "peft_cast": args.peft_cast}
+        found = stage_cost.measure(name, args.batch, args.height, args.width, **how, told=told)
         yield stage_cost.table(found), found
     elif args.command == "attention":
         from pipelines import attention_cost

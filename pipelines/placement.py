@@ -22,8 +22,8 @@ T = TypeVar("T")
 
 
 def profile(config: AlignConfig, told: Callable[[str], object]) -> dict[str, float]:
-    """Seconds of a micro-batch by stage, of the optimizer's step and of a policy version, and bytes of a sample, measured one
-    after the other here.
+    """Seconds of a micro-batch by stage, of its texts (in sampling and in the update), of the optimizer's step and of a policy
+    version, and bytes of a sample, measured one after the other here.
 
     All three stages' models are in this process at once. Errors are those of loading them.
     """
@@ -45,7 +45,7 @@ def profile(config: AlignConfig, told: Callable[[str], object]) -> dict[str, flo
     rewards = here(config)
     _, loading = timed(lambda: sampler.hold(0))
     number: Block = {"number": np.array([0])}
-    found: dict[str, list[float]] = {"sampling": [], "reward": [], "update": []}
+    found: dict[str, list[float]] = {"sampling": [], "reward": [], "update": [], "texts": []}
     told(f"{1 + REPEATS} micro-batches of {config.train.micro_batch} samples through each of them")
     for _ in range(1 + REPEATS):
         block, seconds = timed(lambda: sampler(dict(number)))
@@ -54,8 +54,12 @@ def profile(config: AlignConfig, told: Callable[[str], object]) -> dict[str, flo
         found["reward"].append(seconds)
         _, seconds = timed(partial(learner.accumulate, scored))
         found["update"].append(seconds)
+        _, seconds = timed(partial(sampler.backbone.encode, block["prompt"].tolist()))
+        found["texts"].append(seconds)
     _, stepping = timed(learner.update)
     figures = {stage: statistics.median(values[1:]) for stage, values in found.items()}
+    for stage in ("sampling", "update"):  # where they are kept by now: in a run most are new
+        figures[stage] += figures["texts"]
     more = {"stepping": stepping, "publishing": publishing, "loading": loading}
     return figures | more | {"sample_bytes": sample_bytes(scored)}
 
@@ -133,6 +137,7 @@ def report(config: AlignConfig, figures: dict[str, float], found: dict[str, Any]
         f"{config.train.policy_lag}); the bottleneck: {longest}{setting}.",
         f"A sample has {figures['sample_bytes'] / 1e6:.3f} MB on its way; a policy version is published in "
         f"{figures['publishing']:.2f} s and loaded in {figures['loading']:.2f} s.",
+        f"Of sampling and of the update, a micro-batch's texts take {figures['texts']:.3f} s, unless the worker still has them.",
     ]
     if config.train.policy_lag == 0:
         lines.append("At train.policy_lag 0 stages wait for each other whatever their processes: 1 overlaps them.")

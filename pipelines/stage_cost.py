@@ -6,9 +6,11 @@ All else is what a run has: its sampler, rewards and learner, by the recipe of `
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
@@ -19,6 +21,7 @@ from flowbp_ray.config import AlignConfig, load
 from flowbp_ray.config.paths import REWARD_MODELS
 from flowbp_ray.rollouts import embeds
 from flowbp_ray.rollouts.plans import plan_of
+from flowbp_ray.training import adapter
 from pipelines.benchmark import RANK
 from pipelines.fits import CONTEXTS, VIT_H, needs, rewards
 from pipelines.full_size import GB, build
@@ -33,9 +36,11 @@ PROMPTS = tuple(f"a picture of {number} things" for number in range(8))
 ON_CPU = ("cluster.sampler_gpus=0", "cluster.trainer_gpus=0", "cluster.reward_gpus=0")
 
 
-def measure(name: str, batch: int, height: int, width: int, compiled: bool, told: Callable[[str], object]) -> dict[str, Any]:
-    """Seconds and FLOPs of a micro-batch by stage, and the peak of memory beside what is counted. ValueError for a size that the
-    model does not make."""
+def measure(
+    name: str, batch: int, height: int, width: int, *, compiled: bool, peft_cast: bool, told: Callable[[str], object]
+) -> dict[str, Any]:
+    """Seconds and FLOPs of a micro-batch by stage, and the peak of memory beside what is counted; ``peft_cast`` leaves the
+    adapter as PEFT computes it. ValueError for a size that the model does not make."""
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
     made = build(name, "meta", dtype, batch=batch, checkpointing=True, height=height, width=width)
@@ -47,7 +52,8 @@ def measure(name: str, batch: int, height: int, width: int, compiled: bool, told
         write(name, folder, config)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        seconds = profile(config, told)
+        with patch.object(adapter, "_compute_as_given", lambda _: None) if peft_cast else nullcontext():
+            seconds = profile(config, told)
     one = build(name, "meta", dtype, height=height, width=width).latents.shape
     scoring, needed = rewards(name, tuple(one))[2], needs(name, full=False, checkpointing=True, height=height, width=width)
 
@@ -68,6 +74,7 @@ def measure(name: str, batch: int, height: int, width: int, compiled: bool, told
         "width": width,
         "micro_batch": batch,
         "compiled": compiled,
+        "peft_cast": peft_cast,
         "active": len(plan.active),
         "velocities": evaluations(plan),
         "peak": torch.cuda.max_memory_allocated() if cuda else None,
@@ -128,7 +135,7 @@ def write(name: str, folder: Path, config: AlignConfig) -> None:
 def table(found: dict[str, Any]) -> str:
     """As Markdown, and what it is of."""
     number = found["micro_batch"]
-    how = ", by torch.compile" if found["compiled"] else ""
+    how = (", by torch.compile" if found["compiled"] else "") + (", with PEFT's cast" if found["peft_cast"] else "")
     rows = []
     for row in found["rows"]:
         rate = row["flops"] / row["seconds"] / 1e12
@@ -139,6 +146,7 @@ def table(found: dict[str, Any]) -> str:
         f"{found['height']}×{found['width']} pixels, {found['velocities']} velocities to sample, {found['active']} active; "
         f"{found['device']}. Peak of memory, one stage after the other: {peak}, counted {found['counted'] / GB:.1f} GB. An "
         f"optimizer's step takes {found['stepping']:.3f} s, weights are read in {found['publishing']:.3f} s and loaded in "
-        f"{found['loading']:.3f} s."
+        f"{found['loading']:.3f} s. To read a micro-batch's texts takes {found['texts']:.3f} s of sampling and of the update, if "
+        "they are not kept."
     )
     return f"{markdown(['stage', 'seconds a micro-batch', 'a sample', 'TFLOP/s'], rows)}\n\n{said}"

@@ -33,6 +33,10 @@ class Conditioning:
         """The one row of this conditioning, ``number`` times (without a copy)."""
         return Conditioning({k: v.expand(number, *v.shape[1:]) for k, v in self.tensors.items()})
 
+    def to(self, device: torch.device) -> "Conditioning":
+        """There, but for lengths of texts: they stay on the host, which reads them."""
+        return Conditioning({k: v.to(device) if v.is_floating_point() else v for k, v in self.tensors.items()})
+
     def join(self, other: "Conditioning") -> "Conditioning":
         """These prompts, then the other ones."""
         return Conditioning({k: torch.cat([v, other.tensors[k]]) for k, v in self.tensors.items()})
@@ -109,9 +113,7 @@ class Backbone(ABC):
         """Encode prompts, without gradient; the empty prompt is the negative one. Errors as `embeds` has, if that is set."""
         if self.embeds is None:
             return self.encode_texts(prompts)
-        found = self.embeds(prompts).tensors
-        # Lengths of texts stay on the host, which reads them.
-        return Conditioning({k: v.to(self.device) if v.is_floating_point() else v for k, v in found.items()})
+        return self.embeds(prompts).to(self.device)
 
     @abstractmethod
     def encode_texts(self, prompts: list[str]) -> Conditioning:

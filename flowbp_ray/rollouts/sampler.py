@@ -10,6 +10,7 @@ from torch import Tensor
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.randomness import prompt_indices, seed_of
 from flowbp_ray.rollouts.batches import Block, Chunk, MicroBatch
+from flowbp_ray.rollouts.kept import Kept
 from flowbp_ray.rollouts.plans import grid_of, plan_of
 from flowbp_ray.rollouts.rollout import roll_out
 from flowbp_ray.rollouts.wire import narrow
@@ -28,7 +29,7 @@ class Sampler:
         self.backbone = trainable(config, device)
         self.plain = plain_weights(self.backbone.transformer) if config.adapter else None
         self.trained = {name: p for name, p in self.backbone.transformer.named_parameters() if p.requires_grad}
-        self.negative = self.backbone.encode([""])
+        self.negative, self.texts = self.backbone.encode([""]), Kept(self.backbone)
         self.sigmas = grid_of(config, self.backbone)
         self.version = -1
 
@@ -42,7 +43,7 @@ class Sampler:
         plan = plan_of(config, self.sigmas, batch.step)
         chosen = prompt_indices(config.train.seed, batch.step, config.train.batch, len(self.prompts))
         prompts = [self.prompts[chosen[s]] for s in batch.samples]
-        conditioning = self.backbone.encode(prompts)
+        conditioning = self.texts(prompts)
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
             return self.backbone.velocity(latents, sigma, conditioning, self.negative, sampling.guidance_scale)

@@ -14,6 +14,7 @@ from torch.optim import AdamW
 from flowbp_ray.backbones.backbone import DTYPES
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts.batches import Block, Chunk, policy_version
+from flowbp_ray.rollouts.kept import Kept
 from flowbp_ray.rollouts.plans import grid_of, plan_of
 from flowbp_ray.rollouts.wire import widen
 from flowbp_ray.surrogate.plan import Plan
@@ -39,7 +40,7 @@ class Learner:
             transformer.enable_gradient_checkpointing()
         if train.sharded:
             shard(self.backbone, device, DTYPES[config.model.dtype])
-        self.negative = self.backbone.encode([""])
+        self.negative, self.texts = self.backbone.encode([""]), Kept(self.backbone)
         self.sigmas = grid_of(config, self.backbone)
         self.weights = ShardedWeights(transformer) if train.sharded else Weights(transformer)
         self.optimizer = AdamW(
@@ -107,7 +108,7 @@ class Learner:
             {a.index: latents[:, k] for k, a in enumerate(plan.active) if not copied[k]},
             [gradients[:, m] for m in range(gradients.shape[1])],
             self._tensor(block, "weight"),
-            self.backbone.encode(block["prompt"].tolist()),
+            self.texts(block["prompt"].tolist()),
             self.negative,
             guidance=self.guidance,
             guidance_scale=self.config.sampling.guidance_scale,

@@ -10,7 +10,16 @@ from pipelines.bounds import Pools
 from pipelines.machines import SPARSE
 from pipelines.placement import predicted, report
 
-FIGURES = {"sampling": 4.0, "reward": 0.5, "update": 1.0, "stepping": 0.0, "publishing": 0.0, "loading": 0.0, "sample_bytes": 1e6}
+FIGURES = {
+    "sampling": 4.0,
+    "reward": 0.5,
+    "update": 1.0,
+    "texts": 0.0,
+    "stepping": 0.0,
+    "publishing": 0.0,
+    "loading": 0.0,
+    "sample_bytes": 1e6,
+}
 CONFIG = load(SPARSE, ["train.batch=32", "train.micro_batch=4", "cluster.samplers=2", "train.workers=1"])  # lag 1
 
 
