@@ -12,6 +12,7 @@
     python -m pipelines.benchmark publish
     python -m pipelines.benchmark pipeline train.batch=24
     python -m pipelines.benchmark scale --series balanced --factor 1
+    python -m pipelines.benchmark scale --series balanced --samplers 8 --without looks rewards
     python -m pipelines.benchmark images --clients 32 --seconds 60
 
 `update` measures one step at a time against the whole graph, on the GPU if there is one, and says what fits for its model;
@@ -42,6 +43,8 @@ RANK = 16
 #: Options that are numbers of something.
 COUNTS = {"batch", "repeats", "active", "clients", "replicas", "seconds", "samplers", "steps", "height", "width"}
 SERIES = ("balanced", "samplers", "stragglers", "publish")
+#: Of the stream of rollouts, what `scale` can leave out: the names in `pipelines.without`.
+PARTS = ("looks", "sizes", "rewards", "samplers", "waits", "asks", "room")
 #: A text, and its figures.
 Result = tuple[str, Any]
 
@@ -103,6 +106,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     scale.add_argument("--series", nargs="+", choices=SERIES, default=list(SERIES), help="what to vary (default: all)")
     scale.add_argument("--samplers", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="how many (default: 1 2 4 8 16)")
     scale.add_argument("--factor", type=float, default=0.25, help="on all durations (default: %(default)s)")
+    scale.add_argument(
+        "--without", nargs="+", choices=PARTS, default=[], help="then all of it without each of these parts (default: none)"
+    )
     scale.add_argument("--steps", type=int, default=8, help="measured steps a run (default: %(default)s)")
     images = commands.add_parser("images", help="the text-to-image service under load, and what of it fails")
     images.add_argument("--clients", type=int, default=32, help="that ask at once (default: %(default)s)")
@@ -185,7 +191,7 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
     elif args.command == "scale":
         from pipelines import scale
 
-        rows = scale.measure(args.series, args.samplers, args.factor, args.steps, told)
+        rows = scale.measure(args.series, args.samplers, args.factor, args.steps, args.without, told)
         yield scale.table(rows), rows
     elif args.command == "images":
         from pipelines import image_load

@@ -26,7 +26,8 @@ from pipelines.attempts import Parts, attempt
 from pipelines.bounds import Pools, alone, stages
 from pipelines.machines import SPARSE, Machines
 from pipelines.session import Session, on_this_node, progress, quiet_streams
-from pipelines.stand_ins import Learner, Pace, Reward, Sampler, paced
+from pipelines.stand_ins import Learner, Pace, Reward, paced
+from pipelines.without import EVERYTHING, PARTS, Part
 
 SAMPLES, MICRO_BATCH = 8, 2  # for each sampler and step; in a micro-batch
 ROLLOUT, REWARD, UPDATE = 8.0, 1.0, 4.0  # seconds for 8 samples
@@ -51,6 +52,13 @@ class Case:
     factor: float
     stragglers: float = 0.0
     policy_bytes: int = 2**20
+    #: The part of the stream that is left out, one of `pipelines.without.PARTS`.
+    without: str | None = None
+
+    @property
+    def part(self) -> Part:
+        """What is left out."""
+        return EVERYTHING if self.without is None else PARTS[self.without]
 
     @property
     def micro_batches(self) -> int:
@@ -114,27 +122,30 @@ def configured(case: Case, steps: int, folder: Path) -> AlignConfig:
         "tracking.uri": f"sqlite:///{folder}/mlflow.db",
         "output": folder / "runs",
     }
-    return load(SPARSE, [f"{key}={value}" for key, value in settings.items()])
+    return case.part.changed(load(SPARSE, [f"{key}={value}" for key, value in settings.items()]))
 
 
 def measure(
-    series: list[str], numbers: list[int], factor: float, steps: int, told: Callable[[str], object]
+    series: list[str], numbers: list[int], factor: float, steps: int, without: list[str], told: Callable[[str], object]
 ) -> list[dict[str, Any]]:
-    """A row for each case, on a local cluster of several nodes."""
-    rows = []
-    chosen = list(cases(series, numbers, factor))
+    """A row for each case, on a local cluster of several nodes; then for each ``without`` one of the stream's parts, on a cluster
+    of its own."""
+    rows = list[dict[str, Any]]()
+    whole = list(cases(series, numbers, factor))
     # What no alignment can be is said before the first one.
-    reserved = max(configured(case, FIRST + steps + LAST, Path("/")).reserved()["CPU"] for case in chosen)
+    reserved = max(configured(case, FIRST + steps + LAST, Path("/")).reserved()["CPU"] for case in whole)
     cpus = math.ceil(reserved / NODES) + 1
     os.environ |= ALONE
-    with TemporaryDirectory(prefix="scale_") as scratch, Machines(NODES, cpus, STORE):
-        quiet_streams()
-        for number, case in enumerate(chosen):
-            folder = Path(scratch) / f"{number:03d}"
-            folder.mkdir()
-            row = run(case, range(FIRST, FIRST + steps), folder)
-            told(line(row))
-            rows.append(row)
+    for part in (None, *without):
+        chosen = [replace(case, without=part) for case in whole]
+        with chosen[0].part.left_out(), TemporaryDirectory(prefix="scale_") as scratch, Machines(NODES, cpus, STORE):
+            quiet_streams()
+            for number, case in enumerate(chosen):
+                folder = Path(scratch) / f"{number:03d}"
+                folder.mkdir()
+                row = run(case, range(FIRST, FIRST + steps), folder)
+                told(line(row))
+                rows.append(row)
     return rows
 
 
@@ -146,7 +157,7 @@ def run(case: Case, counted: range, folder: Path) -> dict[str, Any]:
     runs.begin(config, place, None)
     tracker = ray.remote(Tracker).options(num_cpus=0, scheduling_strategy=on_this_node())
     there = tracker.remote(config.tracking.uri, "scale", None, config.model_dump(mode="json"), place)
-    parts = Parts(paced(Sampler, case.pace), paced(Reward, case.pace), partial(Learner, case.pace))
+    parts = Parts(paced(case.part.sampler, case.pace), paced(Reward, case.pace), partial(Learner, case.pace))
     at = Session(there, "", ray.get(there.info.remote()))
     with progress(steps, f"{case.samplers} samplers, lag {case.lag}", "step") as bar:
         attempt(config, ["a red ring"], place, at, [], runs.Kept(config, place), bar, parts)
@@ -182,7 +193,8 @@ HEAD = [
 
 def line(row: dict[str, Any]) -> str:
     """One row."""
-    cells = [row["series"], row["samplers"], row["workers"], row["replicas"], row["shares"] * SAMPLES, row["lag"]]
+    what = row["series"] if row["without"] is None else f"{row['series']}, without {row['without']}"
+    cells = [what, row["samplers"], row["workers"], row["replicas"], row["shares"] * SAMPLES, row["lag"]]
     cells.append(f"{row['policy_bytes'] / 2**20:.0f} MB")
     cells += [f"{row[k]:.2f} s" for k in ("step_s", "bound_s", "any_order_s")] + [f"{100 * row['of_bound']:.0f} %"]
     cells += [f"{row[k]:.2f} s" for k in ("publishing_s", "loading_s")]
@@ -199,4 +211,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         "last; loading is for each sampler, and the train workers' waiting is rank 0's. Rewards wait in their stage: what "
         "Ray Serve adds to it, `reward` measures."
     )
+    for name in dict.fromkeys(row["without"] for row in rows if row["without"]):
+        said += f"\nWithout {name}: {PARTS[name].instead}; with it {PARTS[name].what}."
     return "\n".join([f"| {' | '.join(HEAD)} |", "| --- |" + " ---: |" * (len(HEAD) - 1), *map(line, rows), "", said])

@@ -21,6 +21,17 @@ from flowbp_ray.rollouts.turns import AtOnce
 #: Of a process in which micro-batches wait for their policy versions, each in one. A sampler may have two that wait, and Ray has
 #: it make earlier ones again, which those wait for, if a machine is lost that had what came of them.
 THREADS = 16
+#: Micro-batches that a process of the stage of rewards has: while one is scored, the others are fetched or handed on.
+REWARDS_AT_HAND = 4
+
+
+def at_hand(config: AlignConfig) -> int:
+    """How many micro-batches a sampler has, with the one that it works on.
+
+    At lag 0 all of a step wait for its last one, and one that a sampler has at hand waits for that sampler, where another one
+    could begin it: behind a slow one it is late by the time that this takes.
+    """
+    return 1 if config.train.policy_lag == 0 and config.cluster.samplers > 1 else 2
 
 
 def rollouts(
@@ -49,14 +60,12 @@ def rollouts(
             enable_true_multi_threading=True,
         )
 
-    # At lag 0 all of a step wait for its last micro-batch, and one that a sampler has at hand waits for that sampler, where
-    # another one could begin it: behind a slow one it is late by the time that this takes.
-    ahead = 1 if config.train.policy_lag == 0 and cluster.samplers > 1 else 2
-    samplers = pool(cluster.samplers, ahead=ahead, threads=THREADS)
+    samplers = pool(cluster.samplers, ahead=at_hand(config), threads=THREADS)
     if cluster.max_samplers is not None:
         # Ray Data has samplers come and go by how many threads have something: nothing that has to wait must be among it.
         waiting = pool(1, ahead=THREADS, threads=THREADS)
         source = source.map_batches(Admission, fn_constructor_args=(config, store), compute=waiting, num_cpus=0.01, **whole)
+        ahead = at_hand(config)
         samplers = pool(cluster.samplers, cluster.max_samplers, ahead=ahead, threads=ahead)
     # Ray Data restarts a killed actor and repeats its task by itself.
     stream = source.map_batches(
@@ -69,7 +78,7 @@ def rollouts(
     ).map_batches(
         reward,
         fn_constructor_args=(config, application),
-        compute=pool(cluster.rewards.most, ahead=4, threads=4),
+        compute=pool(cluster.rewards.most, ahead=REWARDS_AT_HAND, threads=REWARDS_AT_HAND),
         num_cpus=0.01,
         **whole,
     )

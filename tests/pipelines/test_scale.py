@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from flowbp_ray.config import load
+from flowbp_ray.rollouts import stream
+from pipelines import without
+from pipelines.benchmark import PARTS
+from pipelines.machines import SPARSE
 from pipelines.scale import Case
 
 ROOT = Path(__file__).parents[2]
@@ -32,13 +37,28 @@ def test_bounds_of_the_cases():
     assert case.bound(0, range(2, 6)) > case.bound(0, range(2, 6), in_order=False) > 11.0
 
 
+def test_the_command_knows_all_parts_that_can_be_left_out():
+    assert tuple(without.PARTS) == PARTS
+    for part in without.PARTS.values():
+        with part.left_out():  # fails for what is not there any more
+            pass
+    config = load(SPARSE, ["train.policy_lag=1"])
+    assert stream.at_hand(config) == 2
+    with without.PARTS["samplers"].left_out():
+        assert stream.at_hand(config) == 1
+    assert without.PARTS["waits"].changed(config).cluster.max_samplers == config.cluster.samplers
+
+
 @pytest.mark.drill
 def test_steps_are_about_as_long_as_their_bounds_or_longer():
-    rows, said = benchmark("scale", "--series", "balanced", "--samplers", "2", "--factor", "0.2", "--steps", "3")
-    assert [row["lag"] for row in rows] == [0, 1]
+    given = ("--series", "balanced", "--samplers", "2", "--factor", "0.2", "--steps", "3", "--without", "asks")
+    rows, said = benchmark("scale", *given)
+    assert [(row["without"], row["lag"]) for row in rows] == [(None, 0), (None, 1), ("asks", 0), ("asks", 1)]
     assert all(0.3 < row["of_bound"] <= 1.1 for row in rows)  # it is seconds that are measured
     assert rows[0]["bound_s"] > rows[1]["bound_s"]
     assert "| balanced | 2 | 1 | 1 | 16 | 0 | 1 MB |" in said
+    assert "| balanced, without asks | 2 |" in said
+    assert "Without asks: it asks for each micro-batch; with it a sampler asks" in said
 
 
 @pytest.mark.drill

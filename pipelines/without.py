@@ -1,0 +1,99 @@
+"""What the stream of rollouts is without one of the parts that make it faster: the "before" of each, for `pipelines.scale`."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import ray
+from ray.data import ExecutionOptions
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+from flowbp_ray.config import AlignConfig
+from flowbp_ray.rollouts import stream
+from flowbp_ray.rollouts.batches import Block, MicroBatch
+from pipelines import session, stand_ins
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of them: what it is, and what is there without it."""
+
+    what: str
+    instead: str
+    #: While it is left out.
+    left_out: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    sampler: type[stand_ins.Sampler] = stand_ins.Sampler
+    #: The configuration without it.
+    changed: Callable[[AlignConfig], AlignConfig] = lambda config: config
+
+
+class LooksNow(ExecutionCallback):
+    """Leaves Ray Data's executor as it is."""
+
+
+class AsksForEach(stand_ins.Sampler):
+    """Asks the policy store for each micro-batch."""
+
+    def admit(self, block: Block) -> None:
+        """Return when its policy version exists."""
+        version = MicroBatch.of(self.config, int(block["number"][0])).version
+        chunks = ray.get(self.store.fetch.remote(version))
+        with self.changed:
+            if version > self.newest:
+                self.newest, self.told[version] = version, chunks
+
+
+def other_at_hand(config: AlignConfig) -> int:
+    """The other lag's."""
+    return 2 if config.train.policy_lag == 0 else 1
+
+
+def by_machine(**options: bool) -> ExecutionOptions:
+    """As given, but that a process on a micro-batch's own machine gets it."""
+    return ExecutionOptions(**options | {"actor_locality_enabled": True})
+
+
+def waiting_before(config: AlignConfig) -> AlignConfig:
+    """With a pool that might grow, but does not; at lag 0 too, where no configuration may have one."""
+    cluster = config.cluster.model_copy(update={"max_samplers": config.cluster.samplers})
+    return config.model_copy(update={"cluster": cluster})
+
+
+@contextlib.contextmanager
+def sizes_by_thread() -> Iterator[None]:
+    """As Ray Data has it."""
+    with patch.dict(session.PROMPT, {"RAY_DATA_METADATA_PREFETCH_ON_THREAD": "1"}):
+        yield
+
+
+PARTS = {
+    "looks": Part(
+        "Ray Data's executor looks when something is done",
+        "it looks each 0.1 s",
+        lambda: patch.object(stream, "AtOnce", LooksNow),
+    ),
+    "sizes": Part("the executor asks for the size of what a stage made itself", "a thread asks", sizes_by_thread),
+    "rewards": Part(
+        "a process of rewards has four micro-batches at hand",
+        "it has one",
+        lambda: patch.object(stream, "REWARDS_AT_HAND", 1),
+    ),
+    "samplers": Part(
+        "a sampler has its next micro-batch at hand at lag 1, and none at lag 0",
+        "the other way round",
+        lambda: patch.object(stream, "at_hand", other_at_hand),
+    ),
+    "waits": Part(
+        "a sampler waits for its policy version itself",
+        "micro-batches wait before the pool, as where samplers come and go",
+        changed=waiting_before,
+    ),
+    "asks": Part("a sampler asks the policy store once for each version", "it asks for each micro-batch", sampler=AsksForEach),
+    "room": Part(
+        "a micro-batch goes to the process that has least to do",
+        "it goes to one on its own machine",
+        lambda: patch.object(stream, "ExecutionOptions", by_machine),
+    ),
+}
+EVERYTHING = Part("", "")
