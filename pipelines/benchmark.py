@@ -21,9 +21,9 @@ diffusers pipeline, of a published model on the GPU if there is one; `stages` ti
 and learner of a published model, in one process; `attention` times its velocities by each of diffusers' backends; `wire` counts
 what a sample has on its way to the trainer. The others start a local cluster: `reward` compares the reward service with a call
 in one process, and kills a replica of it under load; `publish` times weights on their way to samplers; `pipeline` compares the
-whole system with a loop in one process; `scale` has the real orchestration drive stages that only wait, up to 16 samplers;
-`images` asks the text-to-image service one by one and with many clients at once, while a replica is killed and an adapter
-replaced.
+whole system with a loop in one process; `scale` has the real orchestration drive stages that only wait, up to 16 samplers, and
+with --without leaves out one part of it after the other; `images` asks the text-to-image service one by one and with many
+clients at once, while a replica is killed and an adapter replaced.
 
 Each table in Markdown is followed by its figures as one line of JSON; --mlflow keeps both in an MLflow run too.
 """

@@ -58,7 +58,7 @@ def profile(config: AlignConfig, told: Callable[[str], object]) -> dict[str, flo
         found["texts"].append(seconds)
     _, stepping = timed(learner.update)
     figures = {stage: statistics.median(values[1:]) for stage, values in found.items()}
-    for stage in ("sampling", "update"):  # where they are kept by now: in a run most are new
+    for stage in ("sampling", "update"):  # where they are kept by now; a run's may be new
         figures[stage] += figures["texts"]
     more = {"stepping": stepping, "publishing": publishing, "loading": loading}
     return figures | more | {"sample_bytes": sample_bytes(scored)}

@@ -32,7 +32,7 @@ from pipelines.full_size import build, timed
 STEPS = 25
 PROMPTS = ("a red ring", "two blue squares", "a green star left of a red disc", "three yellow rings")
 #: Modules of the three transformers that make scales, shifts and gates.
-MODULATION = re.compile(r"(norm\w*|modulation\w*)\.linear$|\.(time_text_embed|time_guidance_embed)$")
+MODULATION = re.compile(r"(norm\w*|modulation\w*)\.linear$|(^|\.)(time_text_embed|time_guidance_embed)$")
 DRAWS = 200  # plans of a method, whose mean is counted
 
 

@@ -212,5 +212,5 @@ def table(rows: list[dict[str, Any]]) -> str:
         "Ray Serve adds to it, `reward` measures."
     )
     for name in dict.fromkeys(row["without"] for row in rows if row["without"]):
-        said += f"\nWithout {name}: {PARTS[name].instead}; with it {PARTS[name].what}."
+        said += f"\n{name}: {PARTS[name].what}; without it {PARTS[name].instead}."
     return "\n".join([f"| {' | '.join(HEAD)} |", "| --- |" + " ---: |" * (len(HEAD) - 1), *map(line, rows), "", said])

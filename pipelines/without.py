@@ -5,13 +5,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from unittest.mock import patch
 
-import ray
 from ray.data import ExecutionOptions
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts import stream
-from flowbp_ray.rollouts.batches import Block, MicroBatch
 from pipelines import session, stand_ins
 
 
@@ -28,25 +26,12 @@ class Part:
     changed: Callable[[AlignConfig], AlignConfig] = lambda config: config
 
 
-class LooksNow(ExecutionCallback):
-    """Leaves Ray Data's executor as it is."""
-
-
-class AsksForEach(stand_ins.Sampler):
-    """Asks the policy store for each micro-batch."""
-
-    def admit(self, block: Block) -> None:
-        """Return when its policy version exists."""
-        version = MicroBatch.of(self.config, int(block["number"][0])).version
-        chunks = ray.get(self.store.fetch.remote(version))
-        with self.changed:
-            if version > self.newest:
-                self.newest, self.told[version] = version, chunks
+AT_HAND = stream.at_hand
 
 
 def other_at_hand(config: AlignConfig) -> int:
-    """The other lag's."""
-    return 2 if config.train.policy_lag == 0 else 1
+    """One instead of two, two instead of one."""
+    return 3 - AT_HAND(config)
 
 
 def by_machine(**options: bool) -> ExecutionOptions:
@@ -70,17 +55,17 @@ def sizes_by_thread() -> Iterator[None]:
 PARTS = {
     "looks": Part(
         "Ray Data's executor looks when something is done",
-        "it looks each 0.1 s",
-        lambda: patch.object(stream, "AtOnce", LooksNow),
+        "each 0.1 s",
+        lambda: patch.object(stream, "AtOnce", ExecutionCallback),
     ),
     "sizes": Part("the executor asks for the size of what a stage made itself", "a thread asks", sizes_by_thread),
     "rewards": Part(
         "a process of rewards has four micro-batches at hand",
-        "it has one",
+        "one",
         lambda: patch.object(stream, "REWARDS_AT_HAND", 1),
     ),
     "samplers": Part(
-        "a sampler has its next micro-batch at hand at lag 1, and none at lag 0",
+        "a sampler has its next micro-batch at hand at lag 1, and where there are others none at lag 0",
         "the other way round",
         lambda: patch.object(stream, "at_hand", other_at_hand),
     ),
@@ -89,10 +74,10 @@ PARTS = {
         "micro-batches wait before the pool, as where samplers come and go",
         changed=waiting_before,
     ),
-    "asks": Part("a sampler asks the policy store once for each version", "it asks for each micro-batch", sampler=AsksForEach),
+    "asks": Part("a sampler asks the policy store once for each version", "for each micro-batch", sampler=stand_ins.AsksForEach),
     "room": Part(
         "a micro-batch goes to the process that has least to do",
-        "it goes to one on its own machine",
+        "to one on its own machine",
         lambda: patch.object(stream, "ExecutionOptions", by_machine),
     ),
 }

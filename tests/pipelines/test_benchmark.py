@@ -141,6 +141,7 @@ def test_sampling_here_is_the_stock_pipelines(capsys):
     assert [row["way"] for row in rows[:3]] == [
         "stock diffusers pipeline", "here, branches in one batch", "here, one branch after the other"
     ]  # fmt: skip
+    assert 0 < found["modulation"] < 0.5
     assert rows[1]["difference"] <= 1e-5
     assert rows[2]["difference"] <= 1e-4
     steps = {row["way"].split("'")[0].removeprefix("as far as "): row["velocities"] for row in rows[3:]}
@@ -167,15 +168,27 @@ def test_sampling_of_a_published_model_is_the_stock_pipelines(name):
     torch.testing.assert_close(compiled.own(), here, rtol=0, atol=1e-4)
 
 
-def test_stages_of_a_published_model(monkeypatch, capsys):
+@pytest.mark.parametrize(("name", "makers"), [("sd35", 49), ("flux1", 78), ("flux2", 5)])
+def test_the_modulation_is_made_by_these_modules(name, makers):
+    names = [n for n, _ in published.PUBLISHED[name].backbone("meta", torch.bfloat16).transformer.named_modules()]
+    found = [n for n in names if rollout_cost.MODULATION.search(n)]
+    assert len(found) == makers
+    assert "norm_out.linear" in found
+    assert any(n.startswith("time_") for n in found)
+
+
+@pytest.mark.parametrize("more", [[], ["--peft-cast"]])
+def test_stages_of_a_published_model(monkeypatch, capsys, more):
     """By the same sampler, rewards and learner as a run's, from the disk."""
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     clip = CLIPConfig(text_config=small, vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=16)
     for module in (fits, stage_cost):
         monkeypatch.setattr(module, "VIT_H", clip)
-    benchmark.main(["stages", "--model", "flux2", "--random-weights", "--batch", "2", "--height", "32", "--width", "48"])
+    benchmark.main(["stages", "--model", "flux2", "--random-weights", "--batch", "2", "--height", "32", "--width", "48", *more])
     said = capsys.readouterr().out
     found = json.loads(said.splitlines()[-2])
+    assert found["texts"] > 0
+    assert found["peft_cast"] == ("with PEFT's cast" in said) == bool(more)
     assert [row["stage"] for row in found["rows"]] == ["sampling", "reward", "update"]
     assert all(row["seconds"] > 0 and row["flops"] > 0 for row in found["rows"])
     assert (found["active"], found["velocities"], found["height"], found["width"]) == (4, 25, 32, 48)

@@ -71,4 +71,5 @@ def test_the_command_profiles_and_starts_nothing(tmp_path, more):
     assert done.returncode == 0, done.stderr
     assert "| train workers | 0." in done.stdout
     assert "which reserves" in done.stdout
+    assert "a micro-batch's texts take 0." in done.stdout
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ import pytest
 
 from flowbp_ray.config import load
 from flowbp_ray.rollouts import stream
-from pipelines import without
+from pipelines import session, without
 from pipelines.benchmark import PARTS
 from pipelines.machines import SPARSE
 from pipelines.scale import Case
@@ -40,25 +40,27 @@ def test_bounds_of_the_cases():
 def test_the_command_knows_all_parts_that_can_be_left_out():
     assert tuple(without.PARTS) == PARTS
     for part in without.PARTS.values():
-        with part.left_out():  # fails for what is not there any more
+        with part.left_out():  # fails for a name that is not there any more
             pass
-    config = load(SPARSE, ["train.policy_lag=1"])
-    assert stream.at_hand(config) == 2
-    with without.PARTS["samplers"].left_out():
-        assert stream.at_hand(config) == 1
+    assert "RAY_DATA_METADATA_PREFETCH_ON_THREAD" in session.PROMPT
+    for lag, samplers, number in ((0, 1, 2), (0, 2, 1), (1, 1, 2), (1, 2, 2)):
+        config = load(SPARSE, [f"train.policy_lag={lag}", f"cluster.samplers={samplers}"])
+        assert stream.at_hand(config) == number
+        with without.PARTS["samplers"].left_out():
+            assert stream.at_hand(config) == 3 - number
     assert without.PARTS["waits"].changed(config).cluster.max_samplers == config.cluster.samplers
 
 
 @pytest.mark.drill
 def test_steps_are_about_as_long_as_their_bounds_or_longer():
-    given = ("--series", "balanced", "--samplers", "2", "--factor", "0.2", "--steps", "3", "--without", "asks")
+    given = ("--series", "balanced", "--samplers", "2", "--factor", "0.2", "--steps", "3", "--without", "asks", "waits")
     rows, said = benchmark("scale", *given)
-    assert [(row["without"], row["lag"]) for row in rows] == [(None, 0), (None, 1), ("asks", 0), ("asks", 1)]
+    assert [(row["without"], row["lag"]) for row in rows] == [(part, lag) for part in (None, "asks", "waits") for lag in (0, 1)]
     assert all(0.3 < row["of_bound"] <= 1.1 for row in rows)  # it is seconds that are measured
     assert rows[0]["bound_s"] > rows[1]["bound_s"]
     assert "| balanced | 2 | 1 | 1 | 16 | 0 | 1 MB |" in said
     assert "| balanced, without asks | 2 |" in said
-    assert "Without asks: it asks for each micro-batch; with it a sampler asks" in said
+    assert "\nasks: a sampler asks the policy store once for each version; without it for each micro-batch." in said
 
 
 @pytest.mark.drill

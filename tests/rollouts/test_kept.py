@@ -1,6 +1,7 @@
 """Embeddings that a worker keeps, of a tiny random pipeline."""
 
 import pytest
+import tiny
 import torch
 
 from flowbp_ray import backbones
@@ -22,11 +23,15 @@ def asked(backbone, monkeypatch):
     return calls
 
 
-def test_they_are_those_of_an_encoder_that_keeps_nothing_bit_by_bit(backbone):
+@pytest.mark.parametrize("made", [tiny.sd3, tiny.flux1, tiny.flux2, tiny.z_image])
+def test_they_are_those_of_an_encoder_that_keeps_nothing_bit_by_bit(made, tmp_path):
+    backbone = backbones.load(tiny.saved(made, tmp_path))
     kept = Kept(backbone)
     for prompts in (PROMPTS[:3], [PROMPTS[2], PROMPTS[3], PROMPTS[0]], [PROMPTS[4], PROMPTS[4], PROMPTS[1]]):
+        again = kept(prompts).tensors
         for name, tensor in backbone.encode(prompts).tensors.items():
-            assert torch.equal(kept(prompts).tensors[name], tensor)
+            assert again[name].dtype == tensor.dtype
+            assert torch.equal(again[name], tensor)
 
 
 def test_a_prompt_is_encoded_once_in_batches_of_one_size(backbone, asked):
@@ -35,6 +40,15 @@ def test_a_prompt_is_encoded_once_in_batches_of_one_size(backbone, asked):
     kept([PROMPTS[1], PROMPTS[3], PROMPTS[0]])
     kept([PROMPTS[3], PROMPTS[3], PROMPTS[2]])
     assert asked == [PROMPTS[:3], [PROMPTS[3]] * 3]
+
+
+def test_of_embeddings_on_the_disk_new_ones_alone_are_read(backbone, monkeypatch):
+    read = []
+    monkeypatch.setattr(backbone, "embeds", lambda prompts: read.append(prompts) or backbone.encode_texts(prompts))
+    kept = Kept(backbone)
+    kept([PROMPTS[0], PROMPTS[0], PROMPTS[1]])
+    kept([PROMPTS[1], PROMPTS[3], PROMPTS[0]])
+    assert read == [PROMPTS[:2], [PROMPTS[3]]]
 
 
 def test_those_asked_for_last_are_kept_within_the_bytes(backbone, asked):

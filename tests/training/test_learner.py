@@ -13,6 +13,7 @@ from flowbp_ray.surrogate.methods import METHODS
 from flowbp_ray.training import adapter
 from flowbp_ray.training.learner import Learner
 
+encode = SD3Backbone.encode_texts
 CONFIG = Path(__file__).parents[2] / "configs" / "shapes" / "sparse.yaml"
 PROMPTS = ["a red ring", "two circles", "a cross above a square", "a blue square"]
 
@@ -39,6 +40,17 @@ def block_of(config, learner, part=0):
     block = sampler({"number": np.array([learner.version * parts + part])})
     rng = np.random.default_rng([learner.version, part])
     return block | {"gradients": rng.standard_normal(block["inputs"].shape).astype(np.float32)}
+
+
+def test_samplers_and_learners_encode_a_prompt_once(tiny_pipeline, monkeypatch):
+    config = configured(tiny_pipeline, "train.batch=8")
+    learner = Learner(config)
+    sampler, encoded = Sampler(config, PROMPTS, lambda _: learner.policy()), []
+    monkeypatch.setattr(SD3Backbone, "encode_texts", lambda *given: encoded.append(given[1]) or encode(*given))
+    for part in range(2):
+        block = sampler({"number": np.array([part])})
+        learner.accumulate(block | {"gradients": np.ones_like(block["inputs"])})
+    assert [sorted(set(prompts)) for prompts in encoded] == [sorted(PROMPTS)] * 2  # the sampler's and the learner's
 
 
 def test_an_update_climbs_the_objective(tiny_pipeline):
