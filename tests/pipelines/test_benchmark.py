@@ -168,7 +168,7 @@ def test_sampling_of_a_published_model_is_the_stock_pipelines(name):
     torch.testing.assert_close(compiled.own(), here, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "makers"), [("sd35", 49), ("flux1", 78), ("flux2", 5)])
+@pytest.mark.parametrize(("name", "makers"), [("sd35", 6), ("flux1", 7), ("flux2", 5)])  # of tiny ones
 def test_the_modulation_is_made_by_these_modules(name, makers):
     names = [n for n, _ in published.PUBLISHED[name].backbone("meta", torch.bfloat16).transformer.named_modules()]
     found = [n for n in names if rollout_cost.MODULATION.search(n)]
