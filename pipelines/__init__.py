@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from flowbp_ray.config import ConfigError
@@ -48,10 +49,26 @@ def check_lasts(setting: str, folder: Path) -> None:
         )
 
 
+def interrupt(signum: int, frame: FrameType | None) -> None:
+    """End as by Ctrl-C: what SIGTERM, which `ray job stop` sends, does to a command. ray.init takes it for itself."""
+    raise KeyboardInterrupt
+
+
 def refuse(error: Exception) -> NoReturn:
     """End with what is wrong with the input, and the exit code of a command line that is wrong."""
     print(error, file=sys.stderr)
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def checking() -> Iterator[None]:
+    """How a command ends before it has started anything: by what is wrong with its input, or by Ctrl-C."""
+    try:
+        yield
+    except (ConfigError, ValueError, OSError) as error:
+        refuse(error)
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: nothing was started")
 
 
 @contextlib.contextmanager

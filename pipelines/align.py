@@ -23,7 +23,7 @@ from types import FrameType
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load, paths
 from flowbp_ray.config.models import check_models
 from flowbp_ray.tracking.store import check_server, masked, tracking_uri
-from pipelines import check_lasts, page_of, parsed, refuse, runs
+from pipelines import check_lasts, checking, interrupt, page_of, parsed, refuse, runs
 from pipelines.waits import advice, waits
 
 
@@ -57,7 +57,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Check the configuration, then run it."""
     args = arguments()
-    try:
+    with checking():
         config, plan, folder, asked = checked(args)
         if not args.plan:
             check_server(config.tracking.uri)
@@ -72,10 +72,6 @@ def main() -> None:
         from pipelines.alignment import align
         from pipelines.causes import reason
         from pipelines.session import cluster
-    except (ConfigError, ValueError, OSError) as error:
-        refuse(error)
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: nothing was started")
 
     if (folder / runs.BEGAN).exists():
         print(f"going on with the run in {folder} (--new starts another one)")
@@ -88,7 +84,7 @@ def main() -> None:
 
     try:
         with cluster(config):
-            signal.signal(signal.SIGTERM, stop)  # `ray job stop`; from now on, since ray.init takes it for itself
+            signal.signal(signal.SIGTERM, stop)
             runs.begin(config, folder, asked)
             outcome = align(config, folder)
     except KeyboardInterrupt:
@@ -157,11 +153,6 @@ def chosen(config: AlignConfig, resume: Path | None, new: bool) -> Path | None:
     return None if new else runs.unfinished(config, config.output.glob("*"))
 
 
-def interrupt(signum: int, frame: FrameType | None) -> None:
-    """End as by Ctrl-C."""
-    raise KeyboardInterrupt
-
-
 def latest_checkpoint(config: AlignConfig, folder: Path) -> str:
     """Which checkpoint of a run is the newest that is whole. It is asked as a run ends, so no error of storage is raised."""
     try:
@@ -210,7 +201,7 @@ def intended(config: AlignConfig) -> str:
 
 
 def check_rewards(config: AlignConfig) -> None:
-    """ValueError or OSError unless every reward's files are here or on the hub, and one's own can be imported."""
+    """ValueError or OSError unless the files of every reward and judge are here or on the hub, and one's own can be imported."""
     for number, component in enumerate(config.reward.components):
         if component.kind == "function":
             from flowbp_ray.rewards.user import imported
@@ -218,6 +209,9 @@ def check_rewards(config: AlignConfig) -> None:
             imported(component.source)
         for setting, source, file in component.files():
             check_model(f"reward.components.{number}.{setting}", source, file, None)
+    if geneval := config.evaluation.geneval:
+        check_model("evaluation.geneval.detector", geneval.detector, paths.REWARD_INDEX, None)
+        check_model("evaluation.geneval.clip", geneval.clip, paths.REWARD_INDEX, None)
 
 
 def pinned(config: AlignConfig) -> AlignConfig:

@@ -44,7 +44,7 @@ RANK = 16
 COUNTS = {"batch", "repeats", "active", "clients", "replicas", "seconds", "samplers", "steps", "height", "width"}
 SERIES = ("balanced", "samplers", "stragglers", "publish")
 #: Of the stream of rollouts, what `scale` can leave out: the names in `pipelines.without`.
-PARTS = ("looks", "sizes", "rewards", "samplers", "waits", "asks", "room")
+PARTS = ("looks", "sizes", "rewards", "samplers", "room")
 #: A text, and its figures.
 Result = tuple[str, Any]
 
@@ -151,15 +151,13 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
     if args.command == "rollout":
         from pipelines import rollout_cost
 
-        names = named(args)
         if args.model:
-            subject = rollout_cost.published(args.model, args.batch, args.height, args.width)
+            (name,) = named(args)
+            subject = rollout_cost.published(name, args.batch, args.height, args.width)
         else:
             subject = rollout_cost.embedded(args.batch)
         found = rollout_cost.measure(subject, args.repeats, args.compile, told)
         yield rollout_cost.table(found), found
-        shares = rollout_cost.modulation(names)
-        yield rollout_cost.shares_table(shares), shares
     elif args.command == "stages":
         from pipelines import stage_cost
 

@@ -13,18 +13,15 @@ import argparse
 import hashlib
 import json
 import random
-import shutil
-import signal
 import statistics
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from flowbp_ray.config import AlignConfig, ConfigError
-from pipelines import refuse
-from pipelines.align import interrupt
+from pipelines import checking, ending
 from pipelines.machines import PROCESSES, Command, Machines, kept_in, newest, small
 
 #: What is killed.
@@ -63,54 +60,45 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--per-run", type=int, default=2, help="kills in one run (default: %(default)s)")
     parser.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES), metavar="ROLE", help=f"of {', '.join(ROLES)}")
     parser.add_argument("--seed", type=int, default=0, help="of parts, steps and moments (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="folder of runs and results (default: chaos/ beside the runs)")
+    parser.add_argument("--output", type=Path, help="where a folder of results is made (default: chaos/ beside the runs)")
     return parser.parse_intermixed_args()
 
 
 def main() -> None:
     """Run, kill, compare."""
     args = arguments()
-    try:
+    with checking():
         config = small(args.given)
         if args.kills < 1 or not 1 <= args.per_run <= config.train.steps - SPARED:
             raise ConfigError(
                 f"--kills {args.kills} --per-run {args.per_run}: at least one, and in a run at most train.steps − {SPARED}, "
                 f"which is {config.train.steps - SPARED}"
             )
-    except (ConfigError, OSError) as error:
-        refuse(error)
-    folder = (args.output or config.output.parent / "chaos").expanduser().absolute()
-    shutil.rmtree(folder / "runs", ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = (args.output or config.output.parent / "chaos").expanduser().absolute() / time.strftime("%Y%m%d-%H%M%S")
+    folder.mkdir(parents=True)
     randomly = random.Random(args.seed)
     order = [role for _ in range(-(-args.kills // len(args.roles))) for role in randomly.sample(args.roles, len(args.roles))]
     order = order[: args.kills]
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        with Machines() as machines:
-            print("the undisturbed run")
-            undisturbed, _ = run(config, folder, 0, [], machines, randomly)
-            if undisturbed.orphans:
-                raise RuntimeError(f"the undisturbed run left {undisturbed.orphans}")
-            kills, lines = list[Kill](), list[str]()
-            number = 0
-            while len(kills) < args.kills:
-                number, roles = number + 1, order[: args.per_run]
-                print(f"run {number}, {len(kills)} of {args.kills} kills: {', '.join(roles)}")
-                found, done = run(config, folder, number, roles, machines, randomly)
-                if not done:
-                    raise RuntimeError("a run ended before there was anything to kill: give it more train.steps")
-                order = order[len(done) :]  # what it ended before is killed in the next one
-                kills += done
-                said = different(undisturbed, found)
-                lines += [f"run {number} ({', '.join(k.role for k in done)}): {line}" for line in said]
-                print("  " + ("\n  ".join(said) or "nothing is different"))
-                (folder / "kills.json").write_text(json.dumps([asdict(k) for k in kills], indent=1) + "\n", encoding="utf-8")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: nothing runs any more")
-    text = table(kills, lines, config)
-    (folder / "table.md").write_text(text, encoding="utf-8")
-    print(f"\n{text}\nwritten to {folder / 'table.md'}")
+    with ending(f"what was found so far is in {folder}"), Machines() as machines:
+        print(f"the undisturbed run; all goes to {folder}")
+        undisturbed, _ = run(config, folder, 0, [], machines, randomly)
+        if undisturbed.orphans:
+            raise RuntimeError(f"the undisturbed run left {undisturbed.orphans}")
+        kills, lines = list[Kill](), list[str]()
+        number = 0
+        while len(kills) < args.kills:
+            number, roles = number + 1, order[: args.per_run]
+            print(f"run {number}, {len(kills)} of {args.kills} kills: {', '.join(roles)}")
+            found, done = run(config, folder, number, roles, machines, randomly)
+            if not done:
+                raise RuntimeError("a run ended before there was anything to kill: give it more train.steps")
+            order = order[len(done) :]  # what it ended before is killed in the next one
+            kills += done
+            said = different(undisturbed, found)
+            lines += [f"run {number} ({', '.join(k.role for k in done)}): {line}" for line in said]
+            print("  " + ("\n  ".join(said) or "nothing is different"))
+            (folder / "table.md").write_text(table(kills, lines, config), encoding="utf-8")
+    print(f"\n{table(kills, lines, config)}\nwritten to {folder / 'table.md'}")
     if lines:
         sys.exit(1)
 

@@ -18,7 +18,7 @@ import numpy as np
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load
 from flowbp_ray.surrogate.quadrature import Grid
 from flowbp_ray.tracking.store import check_server
-from pipelines import check_lasts, ending, page_of, parsed, refuse
+from pipelines import check_lasts, checking, ending, page_of, parsed
 from pipelines.comparison import BASE, Measured, chart, evaluations, grid, read, table
 
 #: Shorter than a recipe's own run, so that a cell takes minutes; overrides change them.
@@ -84,7 +84,7 @@ def main() -> None:
     """Check, then run the cells that are not there, then the table."""
     args = arguments()
     names = [f.stem for f in args.files]
-    try:
+    with checking():
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ConfigError(f"two configurations are named {twice[0]}: a method is named as its file, so rename one")
         if BASE in names:
@@ -97,8 +97,6 @@ def main() -> None:
         folder = (args.output or first.output.parent / "compare").expanduser().absolute()
         check_lasts("--output", folder)
         check_server(first.tracking.uri)
-    except (ConfigError, ValueError, OSError) as error:
-        refuse(error)
     if args.dry_run:
         train, pictures = first.train, 6 * first.evaluation.per_task
         print(

@@ -10,14 +10,12 @@ same command goes on where it stopped, and adds the prompts of another recipe fo
 
 import argparse
 import shlex
-import signal
-import sys
 from pathlib import Path
 
-from flowbp_ray.config import AlignConfig, ConfigError, load, paths
+from flowbp_ray.config import AlignConfig, load, paths
 from flowbp_ray.config.models import check_model
 from flowbp_ray.tracking.store import masked
-from pipelines import check_lasts, ending, parsed, refuse
+from pipelines import check_lasts, checking, ending, parsed
 
 
 def arguments() -> argparse.Namespace:
@@ -42,7 +40,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Check, encode what is missing, and say what to do with it."""
     args = arguments()
-    try:
+    with checking():
         # The folder may be in the recipe already, before it is there.
         config = load(args.files[0], [*args.overrides, "prompts.embeds=null"], args.files[1:])
         check_model(config, None)
@@ -51,7 +49,7 @@ def main() -> None:
         from pipelines import quiet_libraries
 
         quiet_libraries()
-        from pipelines.align import interrupt, pinned
+        from pipelines.align import pinned
 
         config = pinned(config)
         if args.dry_run:
@@ -62,13 +60,8 @@ def main() -> None:
 
         prompts = embeds.wanted(config)
         missing = embeds.start(config, folder).missing(prompts)
-    except (ConfigError, ValueError, OSError) as error:
-        refuse(error)
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: nothing was started")
     if missing:
         with ending(f"the same command goes on from what is in {folder}"), cluster(unused(config, "trainer", "reward", "judge")):
-            signal.signal(signal.SIGTERM, interrupt)  # `ray job stop`; from now on, since ray.init takes it for itself
             encode(config, folder, missing)
     size = sum(f.stat().st_size for f in folder.glob("*.parquet")) / 2**20
     print(f"encoded {len(missing):,} prompts, {len(prompts) - len(missing):,} were there; {folder} has {size:,.1f} MiB")

@@ -16,7 +16,6 @@ end.
 import argparse
 import hashlib
 import json
-import signal
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -31,8 +30,8 @@ from flowbp_ray.files import digest, replace_text
 from flowbp_ray.rollouts.prompts import pictured
 from flowbp_ray.tracking.store import check_server, masked, tracking_uri
 from flowbp_ray.training import EXPORT_FILE
-from pipelines import check_lasts, ending, page_of, parsed, refuse
-from pipelines.align import check_rewards, interrupt, pinned
+from pipelines import check_lasts, checking, ending, page_of, parsed
+from pipelines.align import check_rewards, pinned
 
 if TYPE_CHECKING:
     from pipelines.report import Result
@@ -60,7 +59,7 @@ def main() -> None:
     """Check everything, then sample, judge and report."""
     args = arguments()
     with tempfile.TemporaryDirectory() as scratch:
-        try:
+        with checking():
             config, adapter, name = chosen(args, Path(scratch))
             config = pinned(config)
             check_rewards(config)
@@ -76,13 +75,8 @@ def main() -> None:
                 print(f"{pictures} pictures to {folder}. Nothing was started.")
                 return
             from pipelines.session import cluster, unused
-        except (ConfigError, ValueError, OSError) as error:
-            refuse(error)
-        except KeyboardInterrupt:
-            sys.exit("\ninterrupted: nothing was started")
         with ending(f"the same command goes on with what is in {folder}", folder / "error.txt"):
             with cluster(unused(config, "trainer")):
-                signal.signal(signal.SIGTERM, interrupt)
                 result = evaluated(config, adapter, folder, pictures)
             finish(config, folder, [result, *beside])
 
@@ -126,8 +120,13 @@ def store_of(args: argparse.Namespace) -> str:
 
 def prepared(config: AlignConfig, adapter: Path | None, name: str, output: Path | None, *, make: bool = True) -> Path:
     """The folder of an evaluation of a pinned configuration, made if ``make``: ``output``, else
-    one of ``evaluations`` beside the runs, by what is judged and how. ConfigError where it has pictures of something else."""
+    one of ``evaluations`` beside the runs, by what is judged and how. ConfigError where it has pictures of something else;
+    ValueError where ``prompts.embeds`` are of other text encoders, or do not have all prompts."""
     check_model(config, adapter if adapter and (adapter / EXPORT_FILE).exists() else None)
+    if config.prompts.embeds:
+        from flowbp_ray.rollouts import embeds  # with diffusers, which takes seconds
+
+        embeds.check(config)
     protocol = protocol_of(config)
     identity = {
         "model": config.model.model_dump(mode="json"),

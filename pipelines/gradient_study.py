@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from flowbp_ray.config import AlignConfig, ConfigError, dump, load
-from pipelines import ending, page_of, parsed, refuse
+from pipelines import checking, ending, page_of, parsed
 from pipelines.study_report import GROWTH_DRAWS, Connectors, picture, table
 
 DEFAULT = Path(__file__).parents[1] / "configs" / "shapes" / "sparse.yaml"
@@ -61,18 +61,16 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Check, measure, then write, log and print."""
     args = arguments()
-    from flowbp_ray.tracking.store import tracking_uri
+    with checking():
+        from flowbp_ray.tracking.store import tracking_uri
 
-    try:
         config = load(args.file, args.overrides)
         tracking_uri(config.tracking.uri)  # what is wrong with it is said now, and not after minutes
         if config.adapter is None:
             raise ConfigError(f"{args.file} trains all weights, and gradients are studied of an adapter's: set adapter={{}}")
-    except (ConfigError, ValueError) as error:
-        refuse(error)
-    from pipelines import quiet_libraries
+        from pipelines import quiet_libraries
 
-    quiet_libraries()
+        quiet_libraries()
     folder = (args.output or config.output / f"{time.strftime('%Y%m%d-%H%M%S')}-gradient_study").expanduser().absolute()
     with ending("there are no results"):
         study(config, args, folder)

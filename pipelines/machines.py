@@ -1,5 +1,6 @@
 """A cluster of several raylets on this machine, and alignments on it as a person starts them: what chaos and soak are made of."""
 
+import contextlib
 import json
 import os
 import random
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from flowbp_ray.config import AlignConfig, dump, load
-from pipelines import files_and_overrides
+from pipelines import files_and_overrides, interrupt
 
 ROOT = Path(__file__).resolve().parents[1]
 SPARSE = ROOT / "configs" / "shapes" / "sparse.yaml"
@@ -100,6 +101,7 @@ class Machines:
         os.environ.update(PROMPT)
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         self.workers = [self.cluster.add_node(**self.each) for _ in range(self.number)]
+        signal.signal(signal.SIGTERM, interrupt)  # a node takes it for itself
         ray.init(address=self.cluster.address, log_to_driver=False, logging_level="error")
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
         return self
@@ -112,7 +114,8 @@ class Machines:
         ray.shutdown()
         self.cluster.shutdown()
         for number in [pid for pid, _ in self.processes() if pid != os.getpid()]:
-            os.kill(number, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(number, signal.SIGKILL)
         del os.environ[MARK]
 
     def processes(self) -> Iterator[tuple[int, str]]:
@@ -130,7 +133,8 @@ class Machines:
             if command.process.poll() is not None:
                 return False
             time.sleep(0.05)
-        os.kill(randomly.choice(found), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # as good as killed
+            os.kill(randomly.choice(found), signal.SIGKILL)
         return True
 
     def lose(self, randomly: random.Random) -> None:
@@ -138,6 +142,7 @@ class Machines:
         node = self.workers.pop(randomly.randrange(self.number))
         self.cluster.remove_node(node, allow_graceful=False)
         self.workers.append(self.cluster.add_node(**self.each))
+        signal.signal(signal.SIGTERM, interrupt)
 
     def orphans(self) -> list[str]:
         """What of a run is still there some seconds after it ended."""

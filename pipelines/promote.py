@@ -10,7 +10,6 @@ the alias is the version's; 1: it stays where it was, or something failed; 2: so
 """
 
 import argparse
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -21,8 +20,8 @@ import yaml
 from flowbp_ray.config import AlignConfig, ConfigError, load
 from flowbp_ray.rollouts.prompts import pictured
 from flowbp_ray.tracking.store import check_server, tracking_uri
-from pipelines import ending, evaluate, parsed, refuse
-from pipelines.align import check_rewards, interrupt, pinned
+from pipelines import checking, ending, evaluate, parsed
+from pipelines.align import check_rewards, pinned
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -56,7 +55,7 @@ def main() -> None:
     """Judge both, then decide."""
     args = arguments()
     with tempfile.TemporaryDirectory() as scratch:
-        try:
+        with checking():
             config, candidate, champion, sides = contest(args, Path(scratch))
             metric = args.metric or deciding(config)
             check_metric(config, metric)
@@ -64,13 +63,8 @@ def main() -> None:
             check_server(config.tracking.uri)
             folders = [evaluate.prepared(config, side.adapter, side.name, None) for side in sides]
             from pipelines.session import cluster, unused
-        except (ConfigError, ValueError, OSError) as error:
-            refuse(error)
-        except KeyboardInterrupt:
-            sys.exit("\ninterrupted: nothing was started")
         with ending("no alias was moved, and the same command goes on", folders[1] / "error.txt"):
             with cluster(unused(config, "trainer")):
-                signal.signal(signal.SIGTERM, interrupt)
                 pictures = sum(map(len, pictured(config).values()))
                 theirs, ours = (
                     evaluate.evaluated(config, side.adapter, folder, pictures)

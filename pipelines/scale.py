@@ -6,6 +6,7 @@ stage does; at policy_lag 0, where stages of two steps never overlap, than its m
 were that of no account, as they come.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -26,8 +27,8 @@ from pipelines.attempts import Parts, attempt
 from pipelines.bounds import Pools, alone, stages
 from pipelines.machines import SPARSE, Machines
 from pipelines.session import Session, on_this_node, progress, quiet_streams
-from pipelines.stand_ins import Learner, Pace, Reward, paced
-from pipelines.without import EVERYTHING, PARTS, Part
+from pipelines.stand_ins import Learner, Pace, Reward, Sampler, paced
+from pipelines.without import PARTS
 
 SAMPLES, MICRO_BATCH = 8, 2  # for each sampler and step; in a micro-batch
 ROLLOUT, REWARD, UPDATE = 8.0, 1.0, 4.0  # seconds for 8 samples
@@ -54,11 +55,6 @@ class Case:
     policy_bytes: int = 2**20
     #: The part of the stream that is left out, one of `pipelines.without.PARTS`.
     without: str | None = None
-
-    @property
-    def part(self) -> Part:
-        """What is left out."""
-        return EVERYTHING if self.without is None else PARTS[self.without]
 
     @property
     def micro_batches(self) -> int:
@@ -122,7 +118,7 @@ def configured(case: Case, steps: int, folder: Path) -> AlignConfig:
         "tracking.uri": f"sqlite:///{folder}/mlflow.db",
         "output": folder / "runs",
     }
-    return case.part.changed(load(SPARSE, [f"{key}={value}" for key, value in settings.items()]))
+    return load(SPARSE, [f"{key}={value}" for key, value in settings.items()])
 
 
 def measure(
@@ -138,7 +134,8 @@ def measure(
     os.environ |= ALONE
     for part in (None, *without):
         chosen = [replace(case, without=part) for case in whole]
-        with chosen[0].part.left_out(), TemporaryDirectory(prefix="scale_") as scratch, Machines(NODES, cpus, STORE):
+        left_out = contextlib.nullcontext() if part is None else PARTS[part].left_out()
+        with left_out, TemporaryDirectory(prefix="scale_") as scratch, Machines(NODES, cpus, STORE):
             quiet_streams()
             for number, case in enumerate(chosen):
                 folder = Path(scratch) / f"{number:03d}"
@@ -157,7 +154,7 @@ def run(case: Case, counted: range, folder: Path) -> dict[str, Any]:
     runs.begin(config, place, None)
     tracker = ray.remote(Tracker).options(num_cpus=0, scheduling_strategy=on_this_node())
     there = tracker.remote(config.tracking.uri, "scale", None, config.model_dump(mode="json"), place)
-    parts = Parts(paced(case.part.sampler, case.pace), paced(Reward, case.pace), partial(Learner, case.pace))
+    parts = Parts(paced(Sampler, case.pace), paced(Reward, case.pace), partial(Learner, case.pace))
     at = Session(there, "", ray.get(there.info.remote()))
     with progress(steps, f"{case.samplers} samplers, lag {case.lag}", "step") as bar:
         attempt(config, ["a red ring"], place, at, [], runs.Kept(config, place), bar, parts)

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from flowbp_ray.config import AlignConfig, ConfigError
 from flowbp_ray.tracking.store import tracking_uri
 from flowbp_ray.tracking.tracker import Tracker
-from pipelines import check_lasts, job_environment, runs
+from pipelines import check_lasts, interrupt, job_environment, runs
 from pipelines.causes import clean_up
 from pipelines.rewarding import rewarding, wait_for
 
@@ -113,6 +114,7 @@ def cluster(config: AlignConfig) -> Iterator[None]:
     """A connected cluster; at the end a local one is gone, and a joined one goes on without this driver."""
     try:
         connect(config)
+        signal.signal(signal.SIGTERM, interrupt)
         yield
     finally:
         ray.shutdown()

@@ -44,9 +44,11 @@ def main() -> None:
     from flowbp_ray.shapes.world import draw, lay_out
 
     backbone = SD3Backbone.from_pretrained(models / "base")
-    guidance = args.guidance_scale
+    guidance, measured = args.guidance_scale, models / "measured.json"
     if guidance is None:
-        guidance = json.loads((models / "measured.json").read_text())["best_guidance"]
+        guidance = json.loads(measured.read_text("utf-8")).get("best_guidance") if measured.exists() else None
+    if guidance is None:
+        sys.exit(f"{measured} does not say the base's best guidance: give one with --guidance-scale")
 
     def judged(picture: np.ndarray, caption: str) -> Cell:
         verdict = check(picture, caption)

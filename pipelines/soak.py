@@ -9,6 +9,7 @@ second half, when all has warmed up; it is written to soak/ beside the runs, wit
 
 import argparse
 import json
+import math
 import re
 import signal
 import sys
@@ -19,9 +20,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from flowbp_ray.config import ConfigError
-from pipelines import refuse
-from pipelines.align import interrupt
+from pipelines import checking, interrupt
 from pipelines.machines import Command, kept_in, newest, small
 
 EVERY = 5.0  # seconds between samples
@@ -39,7 +38,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=1000, help="of the alignment (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="stop after so many, whatever the steps")
-    parser.add_argument("--output", type=Path, help="folder of results (default: soak/ beside the runs)")
+    parser.add_argument("--output", type=Path, help="where a folder of results is made (default: soak/ beside the runs)")
     return parser.parse_intermixed_args()
 
 
@@ -47,10 +46,8 @@ def main() -> None:
     """Run, look, tell."""
     args = arguments()
     longer = ("train.checkpoint_every=50", "train.keep_checkpoints=2", "evaluation.preview_every=50")
-    try:
+    with checking():
         config = small(args.given, f"train.steps={args.steps}", *longer)
-    except (ConfigError, OSError) as error:
-        refuse(error)
     folder = (args.output or config.output.parent / "soak").expanduser().absolute() / time.strftime("%Y%m%d-%H%M%S")
     folder.mkdir(parents=True)
     kept_in(folder, config)
@@ -130,9 +127,11 @@ def table(folder: Path) -> str:
 
 
 def slope_of(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """A line's slope and its standard error, of the residuals."""
+    """A line's slope and its standard error, of the residuals; NaN where all is at one step."""
     apart = x - x.mean()
     spread = float((apart**2).sum())
+    if spread == 0:
+        return math.nan, math.nan
     slope = float((apart * (y - y.mean())).sum()) / spread
     residuals = y - y.mean() - slope * apart
     return slope, float(np.sqrt((residuals**2).sum() / max(1, len(x) - 2) / spread))

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import ray
 from ray.actor import ActorHandle
 
 from flowbp_ray.config import AlignConfig
@@ -82,18 +81,6 @@ class Sampler(Sampling):
         }
         wait(began, pace.rollout_of(seed, batch.step, batch.part))
         return columns | {"sampling_seconds": np.full(number, (time.perf_counter() - began) / number)}
-
-
-class AsksForEach(Sampler):
-    """Asks the policy store for each micro-batch."""
-
-    def admit(self, block: Block) -> None:
-        """Return when its policy version exists."""
-        version = MicroBatch.of(self.config, int(block["number"][0])).version
-        chunks = ray.get(self.store.fetch.remote(version))
-        with self.changed:
-            if version > self.newest:
-                self.newest, self.told[version] = version, chunks
 
 
 class Reward(Rewarding):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowbp_ray.config import AlignConfig, ConfigError, load
-from pipelines import parsed, refuse
+from pipelines import check_lasts, checking, ending, parsed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,15 +152,22 @@ def configured(config: AlignConfig, steps: int, samples: int) -> Update:
 def main() -> None:
     """Count for a few numbers of active steps."""
     args = arguments()
-    try:
+    with checking():
         config = load(args.file, [*args.overrides, "prompts.embeds=null"])  # its prompt need not be among them
-    except ConfigError as error:
-        refuse(error)
+        if config.adapter is None:
+            raise ConfigError(f"{args.file} trains all weights, and an adapter's update is counted: set adapter={{}}")
+        check_lasts("--output", args.output.absolute().parent)
+        from pipelines import quiet_libraries
+
+        quiet_libraries()
+    with ending("there are no figures"):
+        measure(config, args)
+
+
+def measure(config: AlignConfig, args: argparse.Namespace) -> None:
+    """Count, and print and draw it."""
     from tqdm import tqdm
 
-    from pipelines import quiet_libraries
-
-    quiet_libraries()
     update = configured(config, args.steps, args.samples)
     numbers = sorted({k for k in (1, 2, 4, 8, 16, args.steps) if k <= args.steps})
     _, unit = counted(update.one_velocity)

@@ -10,7 +10,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from flowbp_ray.config import AlignConfig
 from flowbp_ray.rollouts import stream
-from pipelines import session, stand_ins
+from pipelines import session
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,7 @@ class Part:
     what: str
     instead: str
     #: While it is left out.
-    left_out: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
-    sampler: type[stand_ins.Sampler] = stand_ins.Sampler
-    #: The configuration without it.
-    changed: Callable[[AlignConfig], AlignConfig] = lambda config: config
+    left_out: Callable[[], contextlib.AbstractContextManager[object]]
 
 
 AT_HAND = stream.at_hand
@@ -37,12 +34,6 @@ def other_at_hand(config: AlignConfig) -> int:
 def by_machine(**options: bool) -> ExecutionOptions:
     """As given, but that a process on a micro-batch's own machine gets it."""
     return ExecutionOptions(**options | {"actor_locality_enabled": True})
-
-
-def waiting_before(config: AlignConfig) -> AlignConfig:
-    """With a pool that might grow, but does not; at lag 0 too, where no configuration may have one."""
-    cluster = config.cluster.model_copy(update={"max_samplers": config.cluster.samplers})
-    return config.model_copy(update={"cluster": cluster})
 
 
 @contextlib.contextmanager
@@ -69,16 +60,9 @@ PARTS = {
         "the other way round",
         lambda: patch.object(stream, "at_hand", other_at_hand),
     ),
-    "waits": Part(
-        "a sampler waits for its policy version itself",
-        "micro-batches wait before the pool, as where samplers come and go",
-        changed=waiting_before,
-    ),
-    "asks": Part("a sampler asks the policy store once for each version", "for each micro-batch", sampler=stand_ins.AsksForEach),
     "room": Part(
         "a micro-batch goes to the process that has least to do",
         "to one on its own machine",
         lambda: patch.object(stream, "ExecutionOptions", by_machine),
     ),
 }
-EVERYTHING = Part("", "")

@@ -2,14 +2,14 @@
 
 import os
 import secrets
-from pathlib import Path
 from typing import TypeVar
 
 from fastapi import HTTPException, Request
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, NonNegativeFloat, PositiveInt, ValidationError
 
-from flowbp_ray.config.section import Section, Text
+from flowbp_ray.config import paths
+from flowbp_ray.config.section import Section
 
 TOKEN = "FLOWBP_TOKEN"
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -26,7 +26,7 @@ class Guarded(Section):
     """CPUs for each of these."""
     max_megabytes: PositiveInt = 32
     """The largest request's body."""
-    token_file: Text | None = None
+    token_file: paths.AbsolutePath | None = None
     """A file with the token that requests have to bear; null takes the environment variable FLOWBP_TOKEN of these processes."""
     open: bool = False
     """Answer everybody, without a token."""
@@ -36,7 +36,10 @@ def token(settings: Guarded, what: str) -> str | None:
     """The token that requests have to bear; None where all are answered. ValueError, naming ``what``, if there is neither."""
     if settings.open:
         return None
-    found = Path(settings.token_file).read_text("utf-8") if settings.token_file else os.environ.get(TOKEN, "")
+    try:
+        found = settings.token_file.read_text("utf-8") if settings.token_file else os.environ.get(TOKEN, "")
+    except OSError as error:
+        raise ValueError(f"the {what}'s token_file {settings.token_file} cannot be read: {error.strerror}") from error
     if not found.strip():
         source = settings.token_file or f"the environment variable {TOKEN}"
         raise ValueError(f"{source} has no token for the {what}: give one, or set open to true to answer everybody")

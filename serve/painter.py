@@ -33,6 +33,7 @@ from flowbp_ray.config.section import Section
 from flowbp_ray.pictures import to_uint8
 from flowbp_ray.rollouts.asking import answering
 from flowbp_ray.tracking import registry
+from flowbp_ray.tracking.store import wait_less
 from flowbp_ray.training import EXPORT_FILE
 from pipelines import quiet_libraries
 from serve.catalogue import ABSENT, FOLDER, RUN, STATE, label, state_of
@@ -97,11 +98,13 @@ class Painter:
 
     def __init__(self, settings: Painting, uri: str) -> None:
         quiet_libraries()
+        wait_less()  # while an adapter is fetched no other one can be
         torch.set_num_threads(settings.threads)
         self.settings, self.uri, model = settings, uri, settings.model
         self.device = "cuda" if settings.images.gpus else "cpu"
         family = family_of(model.source, model.revision)
         self.backbone = family.from_pretrained(model.source, DTYPES[model.dtype], self.device, model.revision)
+        self.backbone.batched_branches = settings.sampling.batched_branches
         self.pipeline, transformer = self.backbone.pipeline, self.backbone.transformer
         self.shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
         self.lock = threading.Lock()

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import BaseModel, Field, PositiveInt
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -110,8 +110,8 @@ def decoded(text: str, number: int) -> bytes:
 
 
 def opened(file: bytes, number: int, most: int) -> np.ndarray:
-    """The picture uint8 ``(H, W, 3)`` of a PNG or JPEG; 400 if it is none, or as good as a line, 413 if it has more pixels. Of
-    these two nothing is decoded."""
+    """The picture uint8 ``(H, W, 3)`` of a PNG or JPEG, upright; 400 if it is none, or as good as a line, 413 if it has more
+    pixels. Of these two nothing is decoded."""
     try:
         with Image.open(io.BytesIO(file), formats=tuple(FORMATS.values())) as image:
             if image.width * image.height > most:
@@ -120,7 +120,7 @@ def opened(file: bytes, number: int, most: int) -> np.ndarray:
                 raise HTTPException(
                     400, f"picture {number} has {image.width}×{image.height} pixels: at most {NARROWEST} times as long as wide"
                 )
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for broken files
         raise HTTPException(400, f"picture {number} is no whole PNG or JPEG") from error
 

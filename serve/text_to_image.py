@@ -10,7 +10,6 @@ adapter's folder. This process checks tokens, sizes and names and holds no model
 
 import asyncio
 import base64
-import os
 import re
 import secrets
 import time
@@ -29,7 +28,7 @@ from ray.serve.handle import DeploymentHandle
 
 from flowbp_ray.pictures import file_of
 from flowbp_ray.rollouts import asking
-from flowbp_ray.tracking.store import tracking_uri
+from flowbp_ray.tracking.store import tracking_uri, wait_less
 from serve.catalogue import Catalogue, Named, label
 from serve.guard import Guarded, bearer, body, entitled, parsed, token
 from serve.painter import AHEAD, Painting, Picture, ReplacedError, painter
@@ -165,9 +164,7 @@ class Front:
         # Threads that only wait: by itself a replica has so few that those who wait would hold up everybody.
         self.waiting = ThreadPoolExecutor(AT_ONCE)
         self.looking = ThreadPoolExecutor(8)
-        # MLflow itself goes on for minutes where a server does not answer.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        wait_less()
 
     @api.post("/v1/images/generations", responses=REFUSALS, openapi_extra=BODY, dependencies=[Depends(bearer)])
     async def generations(self, request: Request) -> Answer:

@@ -1,6 +1,7 @@
 """What every model family gives to rollouts and surrogates; a family's own file fills in what differs.
 
-Latents, sigmas and sums stay float32 whatever the model's dtype: bfloat16 would round timesteps (750 → 752).
+Latents, sigmas and sums stay float32 whatever the model's dtype: bfloat16 would round timesteps (750 → 752), which FLUX's
+transformers do inside, whoever samples.
 """
 
 from abc import ABC, abstractmethod

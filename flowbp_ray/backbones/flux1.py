@@ -20,9 +20,12 @@ LORA_TARGETS = (
 SINGLE_BLOCKS = ("proj_mlp", "proj_out")
 
 
-def positions(height: int, width: int) -> Tensor:
-    """Ids ``(height · width, 3)`` of the tokens of a picture of so many rows and columns of tokens."""
-    return torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width)).float()
+def positions(height: int, width: int, device: torch.device) -> Tensor:
+    """Ids ``(height · width, 3)`` of the tokens of a picture of so many rows and columns of tokens.
+
+    They are made on the device: a copy to it, in each velocity, would wait for all that it has still to do.
+    """
+    return torch.cartesian_prod(*(torch.arange(number, device=device) for number in (1, height, width))).float()
 
 
 class FluxBackbone(Backbone):
@@ -76,7 +79,7 @@ class FluxBackbone(Backbone):
             pooled_projections=conditioning.tensors["pooled_prompt_embeds"],
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=device),
-            img_ids=positions(rows, columns).to(device),
+            img_ids=positions(rows, columns, device),
             return_dict=False,
         )[0].float()
         return pixel_shuffle(output.transpose(1, 2).unflatten(2, (rows, columns)), 2)

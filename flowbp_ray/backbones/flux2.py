@@ -58,16 +58,19 @@ class Flux2KleinBackbone(Backbone):
     def branch(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor:
         """One branch; position ids are (time, row, column, text place)."""
         number, _, rows, columns = latents.shape
-        embeds, device, one = conditioning.tensors["prompt_embeds"], latents.device, torch.arange(1)
-        texts = torch.cartesian_prod(one, one, one, torch.arange(embeds.shape[1])).to(device)
-        places = torch.cartesian_prod(one, torch.arange(rows), torch.arange(columns), one).to(device)
+        embeds, device = conditioning.tensors["prompt_embeds"], latents.device
+
+        def ids(*numbers: int) -> Tensor:  # made on the device: a copy to it would wait for all that it has still to do
+            places = torch.cartesian_prod(*(torch.arange(n, device=device) for n in numbers))
+            return places.expand(number, -1, -1)
+
         output = self.transformer(
             hidden_states=latents.flatten(2).transpose(1, 2).to(self.dtype),
             timestep=sigma.to(device, torch.float32).expand(number),
             guidance=None,
             encoder_hidden_states=embeds,
-            txt_ids=texts.expand(number, -1, -1),
-            img_ids=places.expand(number, -1, -1),
+            txt_ids=ids(1, 1, 1, embeds.shape[1]),
+            img_ids=ids(1, rows, columns, 1),
             return_dict=False,
         )[0].float()
         return output.transpose(1, 2).unflatten(2, (rows, columns))

@@ -32,7 +32,7 @@ class UserReward(nn.Module):
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """One score a picture: ``(B,)`` from pictures ``(B, 3, H, W)`` in 0…1 and ``B`` prompts."""
-        scores = self.score(images, prompts)
+        scores = self.score(images.clone(), prompts)  # which it may change in place: other rewards and judges see the same ones
         if not isinstance(scores, Tensor):
             raise ValueError(f"the reward {self.path} gave a {type(scores).__name__}: return a tensor with one score a picture")
         return scores.float()

@@ -26,7 +26,8 @@ class Kept:
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.rows]:
             # A batch of another size is rounded otherwise, and what becomes of a prompt must not depend on what is kept.
             filling = new[-1:] * (len(prompts) - len(new)) if self.backbone.embeds is None else []
-            found = self.backbone.encode(new + filling).tensors
+            # What is read is on the host, where it stays.
+            found = (self.backbone.embeds or self.backbone.encode_texts)(new + filling).tensors
             for number, prompt in enumerate(new):
                 self.rows[prompt] = {name: tensor[number].to("cpu", copy=True) for name, tensor in found.items()}
                 self.bytes += _bytes(self.rows[prompt])

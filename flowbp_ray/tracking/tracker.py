@@ -5,7 +5,6 @@ does not answer: what MLflow has not got is sent later.
 """
 
 import json
-import os
 import re
 import shutil
 import time
@@ -20,7 +19,7 @@ from PIL import Image
 
 from flowbp_ray.files import replace_text
 from flowbp_ray.tracking.run import TrackedRun, check_finite
-from flowbp_ray.tracking.store import masked
+from flowbp_ray.tracking.store import masked, wait_less
 
 if TYPE_CHECKING:
     from flowbp_ray.tracking.registry import Exported
@@ -32,7 +31,8 @@ RUN_FILE, METRICS, PREVIEWS, WARNINGS = "mlflow_run.json", "metrics.jsonl", "pre
 PROMPTS = "prompts.json"
 
 GONE = "RESOURCE_DOES_NOT_EXIST"  # a run that was deleted never takes anything
-AGAIN = 30.0  # seconds until a server that did not answer is asked again
+AGAIN = 30.0  # seconds until a server that did not answer is asked again, at least
+RESTS = 10  # times as long as it took to find that out, so that one that is silent holds up a tenth of the time at most
 AT_THE_END = 60.0  # seconds that the end of a run waits for it
 
 
@@ -45,9 +45,7 @@ class Tracker:
     """The `TrackedRun` of a folder, for processes elsewhere: a new one, or the one that the folder has."""
 
     def __init__(self, uri: str, experiment: str, run_name: str | None, config: dict[str, Any], folder: Path) -> None:
-        # By itself MLflow would hold up training for minutes where a server does not answer.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        wait_less()
         self.folder, noted = folder, folder / RUN_FILE
         self.waiting: deque[Callable[[], object]] = deque()
         self.not_before = 0.0
@@ -183,13 +181,14 @@ class Tracker:
 
     def _send(self) -> int:
         """Send what waits, in order, as far as MLflow takes it; how much waits still."""
-        while self.waiting and time.monotonic() >= self.not_before:
+        while self.waiting and (asked := time.monotonic()) >= self.not_before:
             try:
                 self.waiting[0]()
             except Exception as error:  # stores of artifacts have libraries of their own, which raise what they like
                 if isinstance(error, MlflowException) and error.error_code == GONE:
                     raise
-                self.not_before = time.monotonic() + AGAIN
+                now = time.monotonic()
+                self.not_before = now + max(AGAIN, RESTS * (now - asked))
                 self.problem = masked(f"{type(error).__name__}: {error}".splitlines()[0][:300])
                 said = f"MLflow takes nothing at the moment; training goes on, and what it is owed is sent later: {self.problem}"
                 self.warned += [said] if said not in self.warned else []

@@ -4,9 +4,10 @@ PEFT does the work; what is added is that nothing fails silently. A target that 
 that does not fit, and an export without its alpha are errors or cannot happen.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -40,6 +41,8 @@ def trainable(config: AlignConfig, device: str) -> Backbone:
         backbone = backbone_of(config, device)
         backbone.check_guidance(config.sampling.guidance_scale)
         backbone.transformer.requires_grad_(True)
+    if config.train.gradient_checkpointing:
+        backbone.transformer.enable_gradient_checkpointing()
     if config.cluster.attention:
         backbone.attend(config.cluster.attention)
     if config.cluster.compile:
@@ -104,7 +107,7 @@ def _only_it_trains(transformer: nn.Module) -> None:
 
 def _compute_as_given(transformer: nn.Module) -> None:
     """Have the adapter's matrices compute as `Factor` does; ValueError for one that is no plain LoRA of linear modules."""
-    for name, layer in _layers(transformer):
+    for name, layer in layers(transformer):
         layer.cast_input_dtype_enabled = False
         for factors in (layer.lora_A, layer.lora_B):
             for adapter, linear in factors.items():
@@ -150,7 +153,7 @@ def plain_weights(transformer: nn.Module) -> State | None:
     """
     if transformer.dtype != torch.float32:
         return None
-    return {name: layer.get_base_layer().weight.detach().clone() for name, layer in _layers(transformer)}
+    return {name: layer.get_base_layer().weight.detach().clone() for name, layer in layers(transformer)}
 
 
 def merge(transformer: nn.Module, plain: State | None) -> None:
@@ -161,16 +164,28 @@ def merge(transformer: nn.Module, plain: State | None) -> None:
     """
     if plain is None:
         return
-    for name, layer in _layers(transformer):
-        if layer.merged:
-            layer.unmerge()
+    for name, layer in layers(transformer):
+        layer.merged_adapters.clear()  # `unmerge` would take out of the weights what they are about to be without
         with torch.no_grad():
             layer.get_base_layer().weight.copy_(plain[name])
         layer.merge()
 
 
-def _layers(transformer: nn.Module) -> list[tuple[str, LoraLayer]]:
+def layers(transformer: nn.Module) -> list[tuple[str, LoraLayer]]:
+    """The adapted modules and their names; it walks through all modules."""
     return [(name, module) for name, module in transformer.named_modules() if isinstance(module, LoraLayer)]
+
+
+@contextlib.contextmanager
+def off(adapted: Sequence[tuple[str, LoraLayer]]) -> Iterator[None]:
+    """The model without its adapter for a while, as diffusers' `disable_adapters`, which walks through all modules each time."""
+    for _, layer in adapted:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for _, layer in adapted:
+            layer.enable_adapters(True)
 
 
 def checksum(state: Mapping[str, Tensor]) -> str:

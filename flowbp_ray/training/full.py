@@ -48,6 +48,8 @@ def complete(source: str, revision: str | None, transformer: Path, folder: Path)
 
     Files are copied as they are, so no part is loaded.
     """
-    base = Path(source) if Path(source).is_dir() else Path(DiffusionPipeline.download(source, revision=revision))
+    base = Path(source)
+    if not base.is_dir():
+        base = Path(DiffusionPipeline.download(source, revision=revision, use_safetensors=True, **{TRANSFORMER: None}))
     shutil.copytree(base, folder, ignore=lambda at, names: {TRANSFORMER} & set(names) if Path(at) == base else set())
     shutil.copytree(transformer, folder / TRANSFORMER)

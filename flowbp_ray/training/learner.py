@@ -1,5 +1,6 @@
 """The learner: what one train worker does with micro-batches, without knowing where they come from."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from flowbp_ray.surrogate.plan import Plan
 from flowbp_ray.training import adapter, checkpoints, full
 from flowbp_ray.training.checkpoints import Policies, Progress
 from flowbp_ray.training.update import accumulate
-from flowbp_ray.training.weights import AddUp, ShardedWeights, State, Weights, shard
+from flowbp_ray.training.weights import AddUp, ShardedWeights, Weights, shard
 
 
 class Learner:
@@ -36,8 +37,6 @@ class Learner:
         device = "cuda" if config.cluster.trainer_gpus else "cpu"
         self.backbone = adapter.trainable(config, "cpu" if train.sharded else device)
         transformer = self.backbone.transformer
-        if train.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
         if train.sharded:
             shard(self.backbone, device, DTYPES[config.model.dtype])
         self.negative, self.texts = self.backbone.encode([""]), Kept(self.backbone)
@@ -118,6 +117,8 @@ class Learner:
             before_last=before_last,
         )
         self.weights.collect()
+        if self.backbone.device.type == "cuda":
+            torch.cuda.synchronize()  # or what is still to be done would pass for waiting for the next micro-batch
 
     def update(self, add_up: AddUp | None = None) -> float:
         """One step of AdamW and of the average; returns the gradient's norm before it is cut.
@@ -136,15 +137,16 @@ class Learner:
         progress.version, self.parts = progress.version + 1, 0
         return norm
 
-    def evaluated(self) -> State:
-        """The weights that are evaluated and exported, as configured: averaged or raw."""
-        return self.averaged if self.config.evaluation.weights == "ema" else self.weights.read()
+    def exported(self) -> contextlib.AbstractContextManager[object]:
+        """The model with the weights that are evaluated and exported, as configured: averaged or raw."""
+        ema = self.config.evaluation.weights == "ema"
+        return self.weights.replaced(self.averaged) if ema else contextlib.nullcontext()
 
     def preview(self, prompts: list[str], seeds: list[int]) -> Tensor:
         """Finished latents ``(B, C, h, w)`` by what would be exported, a micro-batch at a time, for which there is room; the
         trained weights are as before afterwards."""
         sampling, size = self.config.sampling, self.config.train.micro_batch
-        with self.weights.replaced(self.evaluated()):
+        with self.exported():
             if self.config.adapter:
                 self.backbone.transformer.set_adapters("default", self.config.adapter.export_strength)
             try:
@@ -170,7 +172,7 @@ class Learner:
         """This worker's part of a checkpoint: what is exported, as diffusers loads it, is the first worker's; all else is every
         worker's that has some of its own. ``policies`` are the versions in use that this worker published."""
         folder.mkdir(exist_ok=True)
-        with self.weights.replaced(self.evaluated()):
+        with self.exported():
             if self.config.adapter:
                 state = adapter.read(self.backbone.transformer)
                 if self.rank == 0:

@@ -23,7 +23,7 @@ from flowbp_ray.rollouts.rollout import roll_out
 from flowbp_ray.surrogate.inputs import connector_errors, noised_copies, reward_inputs, sample_weights
 from flowbp_ray.surrogate.plan import Connector, Plan, RewardInput, SampleWeight
 from flowbp_ray.surrogate.quadrature import Grid, supports
-from flowbp_ray.training.adapter import adapted, guidance_of, parameters
+from flowbp_ray.training.adapter import guidance_of, parameters, trainable
 from flowbp_ray.training.moments import Comparison, Drawn, Moments, compare
 from flowbp_ray.training.update import accumulate
 
@@ -123,7 +123,7 @@ class Study:
     def __init__(self, config: AlignConfig, samples: int, score: Score) -> None:
         torch.set_num_threads(config.cluster.threads)
         self.config, self.score, prompts = config, score, read_prompts(config.prompts)
-        self.backbone = adapted(config, "cuda" if config.cluster.trainer_gpus else "cpu")
+        self.backbone = trainable(config, "cuda" if config.cluster.trainer_gpus else "cpu")
         self.parameters = parameters(self.backbone.transformer)
         self.prompts = [prompts[i] for i in prompt_indices(config.train.seed, 0, samples, len(prompts))]
         self.text, self.negative = self.backbone.encode(self.prompts), self.backbone.encode([""])

@@ -8,6 +8,7 @@ from torch import Tensor
 from flowbp_ray.backbones.backbone import Backbone, Conditioning
 from flowbp_ray.surrogate.backward import Branch, Guidance, backward, branches
 from flowbp_ray.surrogate.plan import Plan
+from flowbp_ray.training import adapter
 
 
 def accumulate(
@@ -36,6 +37,7 @@ def accumulate(
     the adapter, averaged over the plan's active velocities too: it weighs the same whatever their number.
     ``before_last`` is called before the last velocity of all is evaluated with gradient.
     """
+    adapted = adapter.layers(backbone.transformer) if velocity_penalty else []
     left = len(plan.active) * len(branches(plan, guidance))
 
     def velocity(x: Tensor, index: int, branch: Branch) -> Tensor:
@@ -47,11 +49,8 @@ def accumulate(
         return backbone.branch(x, sigmas[index], text, guidance_scale)
 
     def towards_base(current: Tensor, x: Tensor, index: int) -> Tensor:
-        backbone.transformer.disable_adapters()
-        try:
+        with adapter.off(adapted):
             reference = velocity(x, index, "conditional")
-        finally:
-            backbone.transformer.enable_adapters()
         return 2 * velocity_penalty / (batch * len(plan.active) * current[0].numel()) * (current - reference)
 
     shape = (-1, *[1] * (gradients[0].ndim - 1))

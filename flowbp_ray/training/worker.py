@@ -101,8 +101,8 @@ class TrainWorker:
         )
         self.learner = job.learner(self.config, self.rank)
         self.publisher = Publisher(job.store, self.learner)
-        #: That the last step's metrics are logged.
-        self.logged: ObjectRef | None = None
+        #: That the last step's metrics, and pictures, are logged.
+        self.logged: list[ObjectRef] = []
         #: Since the last checkpoint: what it is judged by, on rank 0.
         self.since: dict[str, list[float]] = defaultdict(list)
         if newest is None:
@@ -172,7 +172,7 @@ class TrainWorker:
         metrics |= {"grad_norm": norm} if math.isfinite(norm) else {}
         metrics |= {"policy_version": policy_version(config, step), "skipped_updates": learner.progress.skipped}
         metrics |= {f"active/{k}": a.index for k, a in enumerate(plan.active)}
-        self.logged = self.job.tracker.metrics.remote(metrics, step)
+        self.logged.append(self.job.tracker.metrics.remote(metrics, step))
         for metric in ("objective", *(k for k in metrics if k.startswith("reward/"))):
             self.since[metric].append(metrics[metric])
         return metrics
@@ -235,11 +235,11 @@ class TrainWorker:
                 looks.append(self.look(latents, prompts))
         if self.rank != 0:
             return {}
-        ray.get(job.tracker.previews.remote(prompts, looks[0], learner.version))
+        self.logged.append(job.tracker.previews.remote(prompts, looks[0], learner.version))
         if len(looks) == 1:
             return {}
         measured = {"diversity": diversity(np.stack(looks))}
-        ray.get(job.tracker.figures.remote(measured, learner.version))
+        self.logged.append(job.tracker.figures.remote(measured, learner.version))
         return measured
 
     def look(self, latents: np.ndarray, prompts: list[str]) -> np.ndarray:
@@ -265,9 +265,9 @@ class TrainWorker:
             train.report(metrics, checkpoint=given, checkpoint_dir_name=name(self.learner.version))
 
     def settle(self) -> None:
-        """Wait until the last step's metrics are logged."""
-        if self.logged is not None:
-            ray.get(self.logged)
+        """Wait until what was told the tracker of the last step is logged."""
+        ray.get(self.logged)
+        self.logged.clear()
 
 
 def begun(blocks: Iterator[Block]) -> Iterator[Block | None]:

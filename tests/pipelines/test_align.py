@@ -163,3 +163,13 @@ def test_the_hub_is_asked_for_a_models_file_and_nothing_is_downloaded(monkeypatc
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("abc")
     align.check_model("model.path", "owner/other", "f.pt", None)
+
+
+def test_the_models_that_judge_at_the_end_are_looked_for_at_the_start(monkeypatch, tmp_path):
+    entry = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
+    (tmp_path / "entries.jsonl").write_text(json.dumps(entry) + "\n")
+    asked = []
+    monkeypatch.setattr(align, "check_model", lambda setting, source, file, revision: asked.append((setting, source)))
+    given = [f"evaluation.prompts={tmp_path}/entries.jsonl", "evaluation.geneval={detector: owner/detector, clip: owner/clip}"]
+    align.check_rewards(load(Path(CONFIG), given))
+    assert asked[-2:] == [("evaluation.geneval.detector", "owner/detector"), ("evaluation.geneval.clip", "owner/clip")]

@@ -61,6 +61,21 @@ def test_the_contact_sheet_of_a_missing_model_is_refused(tmp_path):
     assert "no pipeline in" in result.stderr
 
 
+def test_a_contact_sheet_by_no_known_guidance_is_refused(tmp_path):
+    (tmp_path / "base").symlink_to(ROOT / "flowbp_ray" / "shapes" / "models" / "base")
+    result = run("pipelines.show_shapes", "--models", str(tmp_path))
+    assert result.returncode == 1
+    assert "measured.json does not say the base's best guidance: give one with --guidance-scale" in result.stderr
+
+
+def test_an_update_without_an_adapter_is_refused():
+    full = ("adapter=null", "train.sharded=true", "train.velocity_penalty=0")
+    result = run("pipelines.update_cost", str(ROOT / "configs" / "shapes" / "sparse.yaml"), *full)
+    assert result.returncode == 2
+    assert result.stderr.strip().endswith("trains all weights, and an adapter's update is counted: set adapter={}")
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
 def test_the_contact_sheet_is_written(tmp_path):
     result = run("pipelines.show_shapes", "--output", str(tmp_path / "sheet.png"))
     assert result.returncode == 0, result.stderr

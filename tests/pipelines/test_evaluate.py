@@ -135,3 +135,12 @@ def test_looking_for_what_is_not_there_makes_no_database(said, tmp_path):
     uri = f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
     assert said(uri, "--adapter", "nothing", "--dry-run").endswith("the database does not exist")
     assert not list(tmp_path.iterdir())
+
+
+def test_embeddings_that_lack_a_prompt_are_refused_before_anything_is_started(said, tmp_path):
+    from flowbp_ray.rollouts import embeds
+
+    config = load(Path(SPARSE), [])
+    embeds.start(config, tmp_path / "embeds")
+    sentence = said(SPARSE, *SMALL, f"prompts.embeds={tmp_path}/embeds", "--dry-run", "--output", tmp_path / "out")
+    assert "is not among the" in sentence

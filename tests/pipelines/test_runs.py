@@ -60,11 +60,23 @@ def test_the_newest_unfinished_run_of_the_configuration_goes_on(tmp_path):
         "train.checkpoint_every=7",
         "watch.stop=true",
         "reward.components.1.deployment={replicas: 2}",
+        "reward.application=rewards",
     ],
 )
 def test_what_does_not_change_what_is_learned_may_be_other(tmp_path, setting):
     folder = begun(configured(tmp_path), "1")
     assert chosen(configured(tmp_path, setting), None, False) == folder
+
+
+def test_a_judges_server_may_be_elsewhere(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+
+    def served(url):
+        judge = f"evaluation.unified_reward={{url: {url}/v1}}"
+        return configured(tmp_path / "runs", f"evaluation.prompts={tmp_path}/prompts.txt", judge)
+
+    folder = begun(served("http://one"), "1")
+    assert chosen(served("http://other"), None, False) == folder
 
 
 @pytest.mark.parametrize(

@@ -48,19 +48,19 @@ def test_the_command_knows_all_parts_that_can_be_left_out():
         assert stream.at_hand(config) == number
         with without.PARTS["samplers"].left_out():
             assert stream.at_hand(config) == 3 - number
-    assert without.PARTS["waits"].changed(config).cluster.max_samplers == config.cluster.samplers
 
 
 @pytest.mark.drill
 def test_steps_are_about_as_long_as_their_bounds_or_longer():
-    given = ("--series", "balanced", "--samplers", "2", "--factor", "0.2", "--steps", "3", "--without", "asks", "waits")
+    given = ("--series", "balanced", "--samplers", "2", "--factor", "0.2", "--steps", "3", "--without", "looks", "samplers")
     rows, said = benchmark("scale", *given)
-    assert [(row["without"], row["lag"]) for row in rows] == [(part, lag) for part in (None, "asks", "waits") for lag in (0, 1)]
+    parts = (None, "looks", "samplers")
+    assert [(row["without"], row["lag"]) for row in rows] == [(part, lag) for part in parts for lag in (0, 1)]
     assert all(0.3 < row["of_bound"] <= 1.1 for row in rows)  # it is seconds that are measured
     assert rows[0]["bound_s"] > rows[1]["bound_s"]
     assert "| balanced | 2 | 1 | 1 | 16 | 0 | 1 MB |" in said
-    assert "| balanced, without asks | 2 |" in said
-    assert "\nasks: a sampler asks the policy store once for each version; without it for each micro-batch." in said
+    assert "| balanced, without looks | 2 |" in said
+    assert "\nlooks: Ray Data's executor looks when something is done; without it each 0.1 s." in said
 
 
 @pytest.mark.drill

@@ -1,6 +1,7 @@
 """What several machines have to share, on a cluster of one."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,15 @@ def test_a_submitted_job_keeps_nothing_in_its_temporary_copy(tmp_path, monkeypat
 def test_a_machine_that_does_not_see_a_folder_is_found(two, tmp_path, monkeypatch):
     monkeypatch.setattr(session.os.path, "exists", lambda path: False)
     assert session.blind_to(tmp_path, two) == ["one", "two"]
+
+
+def test_a_command_on_a_cluster_ends_by_sigterm_as_by_ctrl_c(monkeypatch):
+    """Whichever it is: `ray job stop` sends it, and ray.init takes it for itself."""
+    monkeypatch.setattr(session, "connect", lambda config: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt), session.cluster(load(SPARSE, [])):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -34,6 +34,7 @@ def test_a_slope_has_its_error():
     slope, error = slope_of(steps, noise)
     assert error == pytest.approx(1 / np.sqrt((steps - steps.mean()) @ (steps - steps.mean())), rel=0.2)
     assert abs(slope) < 4 * error
+    assert np.isnan(slope_of(steps[:1], noise[:1])).all()
 
 
 def test_the_table_is_of_the_second_half_and_of_roles_that_are_always_there(tmp_path):

@@ -21,6 +21,9 @@ class Layer(torch.nn.Module):
     def forward(self, images, prompts):
         return self.linear(images.mean((2, 3)))[:, 0]
 
+def darkened(images, prompts):
+    return images.mul_(0).mean((1, 2, 3))
+
 class Needy:
     def __init__(self, folder):
         pass
@@ -44,6 +47,13 @@ def test_a_function_is_called_with_pictures_and_prompts():
     scores = UserReward("my_rewards:brightness")(images, ["a", "bcd"])
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, images.mean((1, 2, 3)) + torch.tensor([1.0, 3.0]))
+
+
+def test_what_is_changed_in_place_is_not_the_pictures_that_others_see():
+    images = torch.rand(2, 3, 4, 5)
+    before = images.clone()
+    assert (UserReward("my_rewards:darkened")(images, ["", ""]) == 0).all()
+    assert torch.equal(images, before)
 
 
 def test_a_class_is_made_once_without_arguments_frozen_and_moved():

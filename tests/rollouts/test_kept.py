@@ -18,8 +18,8 @@ def backbone(tiny_pipeline):
 @pytest.fixture
 def asked(backbone, monkeypatch):
     """What the backbone is asked to encode."""
-    calls, encode = [], backbone.encode
-    monkeypatch.setattr(backbone, "encode", lambda prompts: calls.append(prompts) or encode(prompts))
+    calls, encode = [], backbone.encode_texts
+    monkeypatch.setattr(backbone, "encode_texts", lambda prompts: calls.append(prompts) or encode(prompts))
     return calls
 
 

@@ -25,6 +25,12 @@ def test_a_png_is_read_exactly_and_a_jpeg_nearly():
     assert opened(file("JPEG", quality=95), 0, 35).shape == PICTURE.shape
 
 
+def test_a_phones_picture_is_turned_as_it_is_looked_at():
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter to the right
+    np.testing.assert_array_equal(opened(file(exif=turned), 0, 35), np.rot90(PICTURE, -1))
+
+
 @pytest.mark.parametrize("broken", [b"", b"\x89PNG\r\n\x1a\n", file()[:-30], file("GIF"), file("BMP"), b"<svg/>"])
 def test_what_is_no_whole_png_or_jpeg_is_refused(broken):
     with pytest.raises(HTTPException) as found:
@@ -68,6 +74,10 @@ def test_a_service_without_a_token_says_so_before_it_answers_anybody(tmp_path, m
     assert token(settings(token_file=str(tmp_path / "token")), "reward service") == "secret"
     monkeypatch.setenv("FLOWBP_TOKEN", "other")
     assert token(settings(), "reward service") == "other"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert token(settings(token_file="~/token"), "reward service") == "secret"
+    with pytest.raises(ValueError, match=r"the reward service's token_file .*/none cannot be read: No such file or directory"):
+        token(settings(token_file=f"{tmp_path}/none"), "reward service")
 
 
 def test_the_description_has_what_the_service_takes():

@@ -162,12 +162,17 @@ def painter_of(path, monkeypatch):
     """A replica's object, without Serve around it."""
     quiet = SimpleNamespace(Counter=lambda *_, **__: SimpleNamespace(inc=lambda **_: None))
     monkeypatch.setattr("serve.painter.metrics", quiet)
-    return Painter(Painting.model_validate({"model": {"path": str(path)}}), "sqlite:////nowhere.db")
+    settings = {"model": {"path": str(path)}, "sampling": {"batched_branches": False}}
+    return Painter(Painting.model_validate(settings), "sqlite:////nowhere.db")
 
 
 @pytest.fixture
 def painter(tiny_pipeline, monkeypatch):
     return painter_of(tiny_pipeline, monkeypatch)
+
+
+def test_a_painter_samples_as_it_is_configured(painter):
+    assert painter.backbone.batched_branches is False
 
 
 def named(folder):

@@ -118,6 +118,7 @@ def test_a_line_that_was_being_written_is_no_line(make):
 @pytest.mark.parametrize("error", [MlflowException, BucketError])
 def test_training_goes_on_while_mlflow_does_not_answer_and_what_it_missed_is_sent_later(make, monkeypatch, error):
     monkeypatch.setattr("flowbp_ray.tracking.tracker.AGAIN", 0.0)
+    monkeypatch.setattr("flowbp_ray.tracking.tracker.RESTS", 0)
     one = make()
     one.metrics({"objective": 0.0}, 0)
     one.run._client = Down(one.run._client, 3, error)
@@ -150,3 +151,17 @@ def test_figures_that_are_not_finite_are_refused_and_not_kept(tracker):
     with pytest.raises(ValueError, match="at step 4, not finite: objective = nan"):
         tracker.metrics({"objective": float("nan")}, 4)
     assert not (tracker.folder / "metrics.jsonl").exists()
+
+
+def test_a_server_that_is_silent_is_left_alone_ten_times_as_long_as_it_was_waited_for(tracker, monkeypatch):
+    now = [1000.0]
+
+    def silent(*_):
+        now[0] += 40
+        raise MlflowException("timed out")
+
+    monkeypatch.setattr("flowbp_ray.tracking.tracker.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(tracker.run, "metrics", silent)
+    for step in range(3):
+        tracker.figures({"loss": 1.0}, step)
+    assert (now[0], tracker.not_before) == (1040, 1440)

@@ -217,3 +217,16 @@ def test_a_sharded_training_goes_on_from_its_checkpoint_bit_by_bit(folder, tmp_p
     wanted, found = one.weights.read(), again.weights.read()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert all(torch.equal(again.averaged[name], one.averaged[name]) for name in wanted)
+
+
+def test_of_a_hubs_model_all_but_the_transformer_is_fetched(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def download(source, **how):
+        asked.append((source, how))
+        return str(folder)
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    full.complete("owner/model", "abc", folder / "transformer", tmp_path / "model")
+    assert asked == [("owner/model", {"revision": "abc", "use_safetensors": True, "transformer": None})]
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "model")) is type(DiffusionPipeline.from_pretrained(folder))

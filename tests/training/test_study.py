@@ -180,3 +180,8 @@ def test_samples_are_those_that_training_starts_with(studied, trajectory):
     block = Sampler(config, read_prompts(config.prompts), lambda _: policy)({"number": np.array([0])})
     assert block["prompt"].tolist()[:SAMPLES] == studied.prompts
     np.testing.assert_allclose(block["inputs"][:SAMPLES, 0], trajectory.latents[STEPS], rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_is_the_one_that_a_train_worker_has(tiny_pipeline):
+    given = [*SETTINGS, f"sampling.steps={STEPS}", f"model.path={tiny_pipeline}", "train.gradient_checkpointing=true"]
+    assert Study(load(CONFIG, given), SAMPLES, towards_zero).backbone.transformer.is_gradient_checkpointing
