@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowbp_ray.config import AlignConfig, ConfigError
-from pipelines import checking, ending
+from pipelines import check_lasts, checking, ending
 from pipelines.machines import PROCESSES, Command, Machines, kept_in, newest, small
 
 #: What is killed.
@@ -74,12 +74,13 @@ def main() -> None:
                 f"--kills {args.kills} --per-run {args.per_run}: at least one, and in a run at most train.steps − {SPARED}, "
                 f"which is {config.train.steps - SPARED}"
             )
-    folder = (args.output or config.output.parent / "chaos").expanduser().absolute() / time.strftime("%Y%m%d-%H%M%S")
+        folder = (args.output or config.output.parent / "chaos").expanduser().absolute() / time.strftime("%Y%m%d-%H%M%S")
+        check_lasts("--output", folder)
     folder.mkdir(parents=True)
     randomly = random.Random(args.seed)
     order = [role for _ in range(-(-args.kills // len(args.roles))) for role in randomly.sample(args.roles, len(args.roles))]
     order = order[: args.kills]
-    with ending(f"what was found so far is in {folder}"), Machines() as machines:
+    with ending(f"what was found so far is in {folder}", folder / "error.txt"), Machines() as machines:
         print(f"the undisturbed run; all goes to {folder}")
         undisturbed, _ = run(config, folder, 0, [], machines, randomly)
         if undisturbed.orphans:

@@ -121,12 +121,8 @@ def store_of(args: argparse.Namespace) -> str:
 def prepared(config: AlignConfig, adapter: Path | None, name: str, output: Path | None, *, make: bool = True) -> Path:
     """The folder of an evaluation of a pinned configuration, made if ``make``: ``output``, else
     one of ``evaluations`` beside the runs, by what is judged and how. ConfigError where it has pictures of something else;
-    ValueError where ``prompts.embeds`` are of other text encoders, or do not have all prompts."""
+    ValueError where ``prompts.embeds`` do not have all prompts."""
     check_model(config, adapter if adapter and (adapter / EXPORT_FILE).exists() else None)
-    if config.prompts.embeds:
-        from flowbp_ray.rollouts import embeds  # with diffusers, which takes seconds
-
-        embeds.check(config)
     protocol = protocol_of(config)
     identity = {
         "model": config.model.model_dump(mode="json"),
@@ -138,6 +134,15 @@ def prepared(config: AlignConfig, adapter: Path | None, name: str, output: Path 
     folder = (output or config.output.parent / "evaluations" / f"{name.replace(' ', '-')}-{key}").expanduser().absolute()
     check_lasts("--output", folder)
     check_folder(folder, protocol, identity)
+    if config.prompts.embeds:
+        from pipelines import quiet_libraries
+
+        quiet_libraries()  # first: some notices come with an import
+        from flowbp_ray.rollouts import embeds  # with diffusers, which takes seconds
+
+        there, asked = embeds.opened(config), [row["prompt"] for rows in pictured(config).values() for row in rows]
+        if there and (missing := there.missing([*asked, ""])):
+            raise ValueError(there.lacking(missing))
     if make:
         begin(folder, name, protocol, identity, config)
     return folder
@@ -156,7 +161,7 @@ def protocol_of(config: AlignConfig) -> dict[str, Any]:
         "prompts": "sha256 " + hashlib.sha256(texts).hexdigest()[:16],
         "rewards": {c.name: {"kind": c.kind} | judge_of(c) for c in config.reward.components},
         "shapes_checker": evaluation.checked,
-        "unified_reward": unified and unified.model_dump(mode="json") | {"url": masked(unified.url)},
+        "unified_reward": unified and unified.model_dump(mode="json", exclude={"url", "key_variable"}),
         "geneval": geneval and {"detector": version_of(geneval.detector), "clip": version_of(geneval.clip)},
         "versions": {package: version(package) for package in ("flowbp_ray", "torch", "diffusers", "transformers")},
     }

@@ -3,6 +3,7 @@
 import base64
 import io
 import itertools
+import signal
 import socket
 import tempfile
 import threading
@@ -23,6 +24,7 @@ from ray import serve
 from flowbp_ray.backbones import load
 from flowbp_ray.config.paths import MODELS
 from flowbp_ray.training import adapter
+from pipelines import interrupt
 
 ADAPTERS = ("one", "two", "three", "four")
 OTHER = "other"  # what is put in place of the last one
@@ -71,6 +73,7 @@ def measure(clients: int, seconds: float, replicas: int, told: Callable[[str], o
             "tracking_uri": f"sqlite:///{scratch}/mlflow.db",
         }
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+        signal.signal(signal.SIGTERM, interrupt)
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "ERROR"})
             serve.run(build(TextToImage.model_validate(settings)), name="images", route_prefix="/")

@@ -1,5 +1,6 @@
 """What it costs to publish weights and load them in samplers, beside a plain copy of the same bytes in memory."""
 
+import signal
 import statistics
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import nn
 
 from flowbp_ray.rollouts.policy import PolicyStore
 from flowbp_ray.training.weights import Weights, load_chunk
+from pipelines import interrupt
 
 #: Bytes: an adapter of rank 16 of SD3.5 medium in float32, and of a whole model in bfloat16 what several processes can hold here.
 SIZES = {"adapter": (96 * 2**20, torch.float32), "full": (2**30, torch.bfloat16)}
@@ -79,6 +81,7 @@ def measure(numbers: list[int], told: Callable[[str], object]) -> list[dict[str,
     """A row for each size and number of samplers, on a local cluster of one node."""
     rows = []
     ray.init(address="local", num_cpus=2 + max(numbers), include_dashboard=False, log_to_driver=False, logging_level="error")
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         for name, (size, dtype) in SIZES.items():
             for number in numbers:

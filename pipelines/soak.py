@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from pipelines import checking, interrupt
+from pipelines import check_lasts, checking, interrupt
 from pipelines.machines import Command, kept_in, newest, small
 
 EVERY = 5.0  # seconds between samples
@@ -48,7 +48,8 @@ def main() -> None:
     longer = ("train.checkpoint_every=50", "train.keep_checkpoints=2", "evaluation.preview_every=50")
     with checking():
         config = small(args.given, f"train.steps={args.steps}", *longer)
-    folder = (args.output or config.output.parent / "soak").expanduser().absolute() / time.strftime("%Y%m%d-%H%M%S")
+        folder = (args.output or config.output.parent / "soak").expanduser().absolute() / time.strftime("%Y%m%d-%H%M%S")
+        check_lasts("--output", folder)
     folder.mkdir(parents=True)
     kept_in(folder, config)
     print(f"samples go to {folder / 'samples.jsonl'}")

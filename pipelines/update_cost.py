@@ -160,7 +160,7 @@ def main() -> None:
         from pipelines import quiet_libraries
 
         quiet_libraries()
-    with ending("there are no figures"):
+    with ending(f"{args.output} was not written"):
         measure(config, args)
 
 

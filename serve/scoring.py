@@ -11,6 +11,7 @@ cluster (``reward.application`` in their configuration).
 import asyncio
 import base64
 import binascii
+import contextlib
 import io
 from typing import Annotated, Any
 
@@ -120,7 +121,11 @@ def opened(file: bytes, number: int, most: int) -> np.ndarray:
                 raise HTTPException(
                     400, f"picture {number} has {image.width}×{image.height} pixels: at most {NARROWEST} times as long as wide"
                 )
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            image.load()
+            upright: Image.Image = image
+            with contextlib.suppress(Exception):  # of tags that cannot be read, in any way: they turn nothing
+                upright = ImageOps.exif_transpose(image)
+            return np.asarray(upright.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for broken files
         raise HTTPException(400, f"picture {number} is no whole PNG or JPEG") from error
 

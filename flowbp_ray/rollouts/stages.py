@@ -103,7 +103,7 @@ class Sampling(Stage):
         """Return when its policy version exists."""
         version = MicroBatch.of(self.config, int(block["number"][0])).version
         if version <= self.newest:
-            return  # nor is the store needed for one that is sampled again: it may not keep this version any more
+            return  # told already; and for one that is sampled again the store may not keep this version any more
         chunks = ray.get(self.store.fetch.remote(version))
         with self.changed:
             if version > self.newest:  # else another one of it was told, and may have loaded it

@@ -49,8 +49,8 @@ def check_server(configured: str | None) -> None:
 
 
 def wait_less() -> None:
-    """Have MLflow give a server up that does not answer, unless the environment says otherwise: by itself it goes on for minutes,
-    in which nothing else is done."""
+    """Have MLflow give up on a server that does not answer, unless the environment says otherwise: by itself it goes on for
+    minutes, in which nothing else is done."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 

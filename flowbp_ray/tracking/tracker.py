@@ -32,7 +32,7 @@ PROMPTS = "prompts.json"
 
 GONE = "RESOURCE_DOES_NOT_EXIST"  # a run that was deleted never takes anything
 AGAIN = 30.0  # seconds until a server that did not answer is asked again, at least
-RESTS = 10  # times as long as it took to find that out, so that one that is silent holds up a tenth of the time at most
+RESTS, LONGEST = 10, 600.0  # times as long as it took to find that out, so that one that is silent holds little up; seconds
 AT_THE_END = 60.0  # seconds that the end of a run waits for it
 
 
@@ -159,6 +159,7 @@ class Tracker:
         from flowbp_ray.tracking.registry import register  # with MLflow's model classes, which nothing else here needs
 
         made: list[str] = []
+        self.not_before = 0.0  # as at the end: who asked says where it is
         self._later(lambda: made.append(register(self.run.uri, self.run.run_id, exported)))
         self._send()
         return made[0] if made else None
@@ -188,7 +189,7 @@ class Tracker:
                 if isinstance(error, MlflowException) and error.error_code == GONE:
                     raise
                 now = time.monotonic()
-                self.not_before = now + max(AGAIN, RESTS * (now - asked))
+                self.not_before = now + max(AGAIN, min(RESTS * (now - asked), LONGEST))
                 self.problem = masked(f"{type(error).__name__}: {error}".splitlines()[0][:300])
                 said = f"MLflow takes nothing at the moment; training goes on, and what it is owed is sent later: {self.problem}"
                 self.warned += [said] if said not in self.warned else []

@@ -34,7 +34,8 @@ def matching(transformer: nn.Module, targets: Sequence[str]) -> list[str]:
 
 
 def trainable(config: AlignConfig, device: str) -> Backbone:
-    """The model of a configuration with what is trained requiring gradients: an adapter, or the whole transformer."""
+    """The model of a configuration, of train workers and samplers, with what is trained requiring gradients: an adapter, or the
+    whole transformer."""
     if config.adapter:
         backbone = adapted(config, device)
     else:
@@ -165,7 +166,7 @@ def merge(transformer: nn.Module, plain: State | None) -> None:
     if plain is None:
         return
     for name, layer in layers(transformer):
-        layer.merged_adapters.clear()  # `unmerge` would take out of the weights what they are about to be without
+        layer.merged_adapters.clear()  # no `unmerge`: the plain weights are written over these
         with torch.no_grad():
             layer.get_base_layer().weight.copy_(plain[name])
         layer.merge()
@@ -178,7 +179,7 @@ def layers(transformer: nn.Module) -> list[tuple[str, LoraLayer]]:
 
 @contextlib.contextmanager
 def off(adapted: Sequence[tuple[str, LoraLayer]]) -> Iterator[None]:
-    """The model without its adapter for a while, as diffusers' `disable_adapters`, which walks through all modules each time."""
+    """The model without its adapter for a while, as by diffusers' `disable_adapters`, but without a walk through all modules."""
     for _, layer in adapted:
         layer.enable_adapters(False)
     try:

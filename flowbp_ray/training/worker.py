@@ -265,7 +265,7 @@ class TrainWorker:
             train.report(metrics, checkpoint=given, checkpoint_dir_name=name(self.learner.version))
 
     def settle(self) -> None:
-        """Wait until what was told the tracker of the last step is logged."""
+        """Wait until what the tracker was told of the last step is logged; the next one has been done meanwhile."""
         ray.get(self.logged)
         self.logged.clear()
 

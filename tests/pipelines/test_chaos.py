@@ -54,10 +54,10 @@ def test_the_table_has_every_role_with_its_times():
 def test_a_sampler_a_reward_stage_a_train_worker_the_driver_and_a_machine_are_killed_and_nothing_is_different(tmp_path):
     command = [sys.executable, "-m", "pipelines.chaos", "train.steps=9", "--kills", "5", "--per-run", "5"]
     command += ["--roles", "sampler", "reward stage", "train worker", "driver", "worker node", "--output", str(tmp_path)]
-    (tmp_path / "runs").mkdir()  # of somebody's alignments
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (table,) = tmp_path.glob("*/table.md")
     assert "5 kills in runs of 9 steps" in table.read_text()
-    assert (tmp_path / "runs").is_dir()
+    assert (tmp_path / "runs" / "mine").is_dir()

@@ -127,8 +127,16 @@ def test_no_password_is_kept(tmp_path):
     folder = evaluate.prepared(config, None, "base", None)
     kept = [file.read_text() for file in folder.iterdir() if file.is_file()]
     assert len(kept) == 2
-    assert all(":***@" in text for text in kept)
+    assert (folder / "config.yaml").read_text().count(":***@") == 2
     assert not any("secret" in text for text in kept)
+
+
+def test_where_a_judge_is_does_not_change_what_it_says(tmp_path):
+    def protocol(url):
+        return evaluate.protocol_of(load(Path(SPARSE), [f"evaluation.unified_reward={{url: {url}}}"]))
+
+    assert protocol("http://one/v1") == protocol("http://other/v1")
+    assert protocol("http://one/v1")["unified_reward"] == {"model": "CodeGoat24/UnifiedReward-7b-v1.5"}
 
 
 def test_looking_for_what_is_not_there_makes_no_database(said, tmp_path):

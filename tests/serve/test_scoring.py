@@ -2,6 +2,7 @@
 
 import base64
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -29,6 +30,14 @@ def test_a_phones_picture_is_turned_as_it_is_looked_at():
     turned = Image.Exif()
     turned[0x0112] = 6  # a quarter to the right
     np.testing.assert_array_equal(opened(file(exif=turned), 0, 35), np.rot90(PICTURE, -1))
+
+
+def test_tags_that_cannot_be_read_turn_nothing():
+    np.testing.assert_array_equal(opened(file(exif=b"junk"), 0, 35), PICTURE)
+    turned = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    text = struct.pack("<HHI4s", 0x011A, 2, 3, b"72")  # where a number belongs
+    odd = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + turned + text + bytes(4)
+    np.testing.assert_array_equal(opened(file(exif=odd), 0, 35), PICTURE)
 
 
 @pytest.mark.parametrize("broken", [b"", b"\x89PNG\r\n\x1a\n", file()[:-30], file("GIF"), file("BMP"), b"<svg/>"])

@@ -5,7 +5,9 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from flowbp_ray.config import load
 from flowbp_ray.training import checkpoints, worker
@@ -51,3 +53,19 @@ def test_the_stream_begins_before_anybody_asks_and_gives_all_in_order():
 def failing():
     yield from ()
     raise ValueError("no such model")
+
+
+def test_pictures_are_logged_while_the_next_step_is_done(monkeypatch):
+    told = SimpleNamespace(remote=lambda *_: "pictures"), SimpleNamespace(remote=lambda *_: "diversity")
+    one = worker.TrainWorker.__new__(worker.TrainWorker)
+    tracker = SimpleNamespace(previews=told[0], figures=told[1])
+    one.job, one.rank, one.logged = SimpleNamespace(preview=[("a red ring", 1)], tracker=tracker), 0, []
+    one.config = load(SPARSE, ["evaluation.preview_seeds=2"])
+    one.learner = SimpleNamespace(preview=lambda prompts, seeds: torch.zeros(1, 4, 8, 8), version=3)
+    one.look = lambda latents, prompts: np.zeros((1, 8, 8, 3), np.uint8)
+    waited = []
+    monkeypatch.setattr(worker.ray, "get", waited.extend)
+    one.show()
+    assert (waited, one.logged) == ([], ["pictures", "diversity"])
+    one.settle()
+    assert (waited, one.logged) == (["pictures", "diversity"], [])
