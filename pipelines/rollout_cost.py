@@ -1,15 +1,15 @@
 """What sampling costs beside the stock diffusers pipeline, for equal work and for what a method's plans need of it.
 
 The embedded default samples on the CPU, a published model with random weights and texts on the GPU if there is one; both give
-latents, so no decoder is measured. Runs are interleaved, and the ratio is the median of the pairs'. One of the ways is what a
-cache of the modulation (it depends on time and pooled texts alone) could save at most.
+latents, so no decoder is measured. Runs are interleaved, and the ratio is the median of the pairs'. Two of the ways keep the
+modulation, which depends on time and pooled texts alone; a run keeps it in neither.
 """
 
 import copy
 import itertools
 import re
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -100,29 +100,43 @@ class Subject:
             velocity(noise, sigmas[plan.steps - 1])
         return next(iter(rollout.latents.values()))
 
-    def remembering(self) -> Callable[[], Tensor]:
-        """`own`, but that the modulation comes from a cache that has all of it: each module that makes it hands out, in their
-        order, what it made in one run before."""
+    def keeping(self) -> dict[str, Callable[[], Tensor]]:
+        """`own`, but that the modules that make the modulation hand out, in their order, what was kept: from a cache that has all
+        of it, as where every prompt comes again, or all steps' made at once, which any prompt could use."""
         makers = [module for name, module in self.backbone.transformer.named_modules() if MODULATION.search(name)]
+        given: dict[nn.Module, list[tuple[Any, ...]]] = {module: [] for module in makers}
         made: dict[nn.Module, list[Tensor]] = {module: [] for module in makers}
-        hooks = [module.register_forward_hook(lambda module, _, output: made[module].append(output)) for module in makers]
+
+        def note(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            given[module].append(inputs)
+            made[module].append(output)
+
+        hooks = [module.register_forward_hook(note) for module in makers]
         self.own()
         for hook in hooks:
             hook.remove()
 
-        def hand_out(left: Iterator[Tensor], *_: Any, **__: Any) -> Tensor:
+        def hand_out(left: Iterator[Tensor], *_: Any) -> Tensor:
             return next(left)
 
-        def run() -> Tensor:
-            for module, outputs in made.items():
-                module.forward = partial(hand_out, iter(outputs))
+        def sampled(kept: Callable[[nn.Module], Sequence[Tensor]]) -> Tensor:
             try:
+                for module in makers:
+                    module.forward = partial(hand_out, iter(kept(module)))
                 return self.own()
             finally:
-                for module in made:
-                    del module.forward
+                for module in makers:
+                    vars(module).pop("forward", None)
 
-        return run
+        @torch.no_grad()
+        def at_once(module: nn.Module) -> Sequence[Tensor]:
+            inputs = (torch.cat(of) if isinstance(of[0], Tensor) else of[0] for of in zip(*given[module], strict=True))
+            return module(*inputs).chunk(len(given[module]))
+
+        return {
+            "here, modulation from a cache": partial(sampled, made.__getitem__),
+            "here, modulation of all steps at once": partial(sampled, at_once),
+        }
 
     def grid(self) -> Tensor:
         """Sigmas, which plans are made of."""
@@ -175,7 +189,7 @@ def measure(subject: Subject, repeats: int, compiled: bool, told: Callable[[str]
         ways["here"] = subject.own
     else:
         ways |= {"here, branches in one batch": subject.own, "here, one branch after the other": subject.apart().own}
-    ways["here, modulation remembered"] = subject.remembering()
+    ways |= subject.keeping()
     if compiled:
         ways["here, compiled"] = subject.compiled().own
     drawn = {}

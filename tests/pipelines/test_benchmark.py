@@ -138,15 +138,17 @@ def test_sampling_here_is_the_stock_pipelines(capsys):
     (found,) = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
     rows = found["rows"]
     assert (found["device"], found["batch"], found["height"]) == ("CPU", 2, 64)
-    assert [row["way"] for row in rows[:4]] == [
+    assert [row["way"] for row in rows[:5]] == [
         "stock diffusers pipeline",
         "here, branches in one batch",
         "here, one branch after the other",
-        "here, modulation remembered",
+        "here, modulation from a cache",
+        "here, modulation of all steps at once",
     ]
     assert rows[1]["difference"] == rows[3]["difference"] <= 1e-5
+    assert rows[4]["difference"] <= 1e-5
     assert rows[2]["difference"] <= 1e-4
-    steps = {row["way"].split("'")[0].removeprefix("as far as "): row["velocities"] for row in rows[4:]}
+    steps = {row["way"].split("'")[0].removeprefix("as far as "): row["velocities"] for row in rows[5:]}
     assert steps["sparse"] == 25  # the finished latent
     assert steps["refl"] < 25
 
@@ -162,8 +164,9 @@ def test_sampling_of_a_published_model_is_the_stock_pipelines(name):
     assert here.std() > 0.1
     torch.testing.assert_close(here, stock, rtol=0, atol=1e-4)
     torch.testing.assert_close(subject.apart().own(), here, rtol=0, atol=1e-4)
-    remembering = subject.remembering()
-    assert all(torch.equal(remembering(), here) for _ in range(2))
+    cached, at_once = subject.keeping().values()
+    assert all(torch.equal(cached(), here) for _ in range(2))
+    torch.testing.assert_close(at_once(), here, rtol=0, atol=1e-4)
     compiled = subject.compiled()
     blocks = compiled.backbone.blocks(compiled.backbone.transformer)
     assert all(block._compiled_call_impl for block in blocks)
