@@ -67,11 +67,7 @@ class GenEval(nn.Module):
     ValueError for files that are no such models.
     """
 
-    def __init__(
-        self,
-        detector: str | Path = "facebook/mask2former-swin-small-coco-instance",
-        clip: str | Path = "openai/clip-vit-large-patch14",
-    ) -> None:
+    def __init__(self, detector: str | Path, clip: str | Path) -> None:
         super().__init__()
         self.detector, found = Mask2FormerForUniversalSegmentation.from_pretrained(
             detector, dtype=torch.float32, output_loading_info=True, use_safetensors=True

@@ -45,12 +45,12 @@ def similarity(model: CLIPModel, pixels: Tensor, input_ids: Tensor) -> Tensor:
     return model.logit_scale.exp() * cosine(model, pixels, input_ids)
 
 
-def pretrained(source: str | Path, dtype: torch.dtype = torch.float32) -> CLIPModel:
-    """The frozen CLIP of a folder or Hugging Face id; ValueError if that has not all of its weights.
+def pretrained(source: str | Path) -> CLIPModel:
+    """The frozen CLIP, in float32, of a folder or Hugging Face id; ValueError if that has not all of its weights.
 
     (transformers makes up what is missing, with no more than a line in the log, and the scores are noise.)
     """
-    model, found = CLIPModel.from_pretrained(source, dtype=dtype, output_loading_info=True, use_safetensors=True)
+    model, found = CLIPModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, use_safetensors=True)
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"{source} is no CLIPModel: it has no {missing[0]}")
     return model.requires_grad_(False).eval()
@@ -71,16 +71,9 @@ def clip_tokens(reward: str, model: CLIPModel, source: str | Path) -> Tokens:
 class CLIPScore(nn.Module):
     """Logit scale times cosine, not divided by anything (PickScore's), or if not ``scaled`` the cosine (CLIPScore)."""
 
-    def __init__(
-        self,
-        path: str | Path,
-        tokenizer: str | Path | None = None,
-        *,
-        scaled: bool = True,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, path: str | Path, tokenizer: str | Path | None = None, *, scaled: bool = True) -> None:
         super().__init__()
-        self.model = pretrained(path, dtype)
+        self.model = pretrained(path)
         self.tokens = clip_tokens(str(path), self.model, tokenizer or path)
         self.score = similarity if scaled else cosine
 
