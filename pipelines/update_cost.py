@@ -207,6 +207,7 @@ def draw(rows: list[tuple[int, int, int, int, int]], file: Path) -> None:
     panel.set(xlabel="active steps", ylabel="peak of an update's tensors, MiB", ylim=(0, None))
     panel.legend()
     page.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
     page.savefig(file, dpi=120)
     plt.close(page)
 
