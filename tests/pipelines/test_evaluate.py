@@ -131,7 +131,7 @@ def test_no_password_is_kept(tmp_path):
     assert not any("secret" in text for text in kept)
 
 
-def test_where_a_judge_is_does_not_change_what_it_says(tmp_path):
+def test_where_a_judge_is_does_not_change_what_it_says():
     def protocol(url):
         return evaluate.protocol_of(load(Path(SPARSE), [f"evaluation.unified_reward={{url: {url}}}"]))
 

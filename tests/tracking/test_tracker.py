@@ -153,15 +153,16 @@ def test_figures_that_are_not_finite_are_refused_and_not_kept(tracker):
     assert not (tracker.folder / "metrics.jsonl").exists()
 
 
-def test_a_server_that_is_silent_is_left_alone_ten_times_as_long_as_it_was_waited_for(tracker, monkeypatch):
+@pytest.mark.parametrize(("waited", "rest"), [(40, 400), (100, 600)])
+def test_a_server_that_is_silent_is_left_alone_ten_times_as_long_as_it_was_waited_for(tracker, monkeypatch, waited, rest):
     now = [1000.0]
 
     def silent(*_):
-        now[0] += 40
+        now[0] += waited
         raise MlflowException("timed out")
 
     monkeypatch.setattr("flowbp_ray.tracking.tracker.time.monotonic", lambda: now[0])
     monkeypatch.setattr(tracker.run, "metrics", silent)
     for step in range(3):
         tracker.figures({"loss": 1.0}, step)
-    assert (now[0], tracker.not_before) == (1040, 1440)
+    assert (now[0], tracker.not_before) == (1000 + waited, 1000 + waited + rest)
